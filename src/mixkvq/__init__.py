@@ -1,0 +1,20 @@
+"""MixKVQ: a KV cache of 2 to 3 bits for transformers that keeps the answers (arXiv 2512.19206).
+
+Importing this package registers ``attn_implementation="mixkvq"``.
+"""
+
+from mixkvq.adapters.transformers import MixKVQCache, UnsupportedModelError, register
+from mixkvq.config import ConfigError, MixKVQConfig, all_presets
+from mixkvq.store.memory import MemoryReport
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConfigError",
+    "MemoryReport",
+    "MixKVQCache",
+    "MixKVQConfig",
+    "UnsupportedModelError",
+    "all_presets",
+]
+
+register()

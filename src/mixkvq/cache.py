@@ -1,0 +1,205 @@
+"""One attention layer's quantized cache, free of any framework: policy, quantizer, store and kernels put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixkvq.config import MixKVQConfig
+from mixkvq.kernels.packed import packed_attention
+from mixkvq.kernels.partial import Partial, dense_attention, merge
+from mixkvq.kernels.reference import dequantize_pages
+from mixkvq.policies import KeyBlock, Policy
+from mixkvq.quant.block import quantize_keys, quantize_values
+from mixkvq.quant.rotation import rotate
+from mixkvq.quant.salience import QueryStatistics
+from mixkvq.store import MemoryReport, PagedStore, PageLayout
+from mixkvq.store.paged import FullBlocks
+
+#: Numbers that are quantized at once when a long prompt is flushed, to bound memory.
+MAX_QUANTIZED = 1 << 23
+
+
+@dataclass(frozen=True)
+class Step:
+    """New tokens of one forward pass: ``query [B, Hq, L, D]``, ``keys, values [B, Hkv, L, D]`` after RoPE.
+
+    ``real [B, L]`` bool is False at padding; None if all tokens are real.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    real: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    def tokens(self, start: int, stop: int) -> Step:
+        """The tokens ``start`` to ``stop``."""
+        real = None if self.real is None else self.real[:, start:stop]
+        return Step(*(x[:, :, start:stop] for x in (self.query, self.keys, self.values)), real)
+
+
+class LayerCache:
+    """Keys and values of one attention layer, and attention over them.
+
+    Args:
+        config: how they are stored.
+        policy: who decides the bits; shared by the layers.
+        like: the first step, for shapes, type and device.
+    """
+
+    def __init__(self, config: MixKVQConfig, policy: Policy, like: Step) -> None:
+        self.config = config
+        self.policy = policy
+        batch, kv_heads, _, key_dim = like.keys.shape
+        value_dim = like.values.shape[3]
+        layout = PageLayout(
+            kv_heads=kv_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            tokens=config.residual_length,
+            key_bits=config.key_bits,
+            key_group=config.key_group,
+            value_bits=config.value_bits,
+            value_groups=config.value_groups(value_dim),
+            promoted_bits=policy.promoted_bits,
+            param_dtype=config.param_dtype,
+            dense_dtype=like.keys.dtype,
+        )
+        device = like.keys.device
+        self.store = PagedStore(layout, batch, config.sinks, device)
+        self.statistics = QueryStatistics(batch, kv_heads, key_dim, device) if policy.uses_queries else None
+
+    @property
+    def rotated(self) -> bool:
+        """Whether values are stored rotated."""
+        return self.config.value_rotation == "hadamard"
+
+    @torch.no_grad()
+    def append(self, step: Step) -> None:
+        """Store new tokens, and quantize the blocks that they complete."""
+        if self.statistics is not None:
+            self.statistics.update(step.query, step.real)
+        for blocks in self.store.append(step.keys, step.values, step.real):
+            size = max(1, MAX_QUANTIZED // blocks.keys[0].numel())
+            for start in range(0, len(blocks.sequences), size):
+                part = slice(start, start + size)
+                self._flush(
+                    FullBlocks(blocks.keys[part], blocks.values[part], blocks.sequences[part])
+                )
+
+    def _flush(self, blocks: FullBlocks) -> None:
+        """Plan, quantize, pack."""
+        config = self.config
+        importance = None
+        if self.statistics is not None:
+            importance = self.statistics.importance(torch.tensor(blocks.sequences, device=blocks.keys.device))
+        bits = self.policy.plan(KeyBlock(blocks.keys, importance))
+        keys = quantize_keys(
+            blocks.keys, bits, group=config.key_group, clip=config.key_clip, param_dtype=config.param_dtype
+        )
+        values = quantize_values(
+            blocks.values,
+            config.value_bits,
+            groups=self.store.layout.value_groups,
+            clip=config.value_clip,
+            rotation=self.rotated,
+            param_dtype=config.param_dtype,
+        )
+        self.store.write(blocks.sequences, keys, values)
+
+    @torch.no_grad()
+    def attend(
+        self,
+        step: Step,
+        visible: Tensor | None,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the new tokens over everything stored and over themselves.
+
+        Args:
+            step: the new tokens, not yet appended. Every stored token is visible to all of them.
+            visible: bool ``[B or 1, L, L]``, which new token sees which; None is causal.
+            scaling: factor of the logits.
+            softcap, sinks: see :func:`mixkvq.kernels.reference.attention`.
+
+        Returns:
+            ``[B, Hq, L, D]`` in the queries' type.
+        """
+        store = self.store
+        batch, heads, length, _ = step.query.shape
+        kv_heads = store.layout.kv_heads
+        query = (step.query.float() * scaling).unflatten(1, (kv_heads, heads // kv_heads))
+
+        parts: list[Partial] = []
+        pages = store.packed()
+        if pages is not None:
+            part = packed_attention(query.flatten(2, 3), pages, softcap)
+            parts.append(Partial(rotate(part.output), part.lse) if self.rotated else part)
+        parts.append(self._attend_dense(query, step, visible, softcap))
+
+        rows = None
+        if sinks is not None:
+            rows = sinks.float().view(kv_heads, -1, 1).expand(-1, -1, length).flatten(1)
+        output = merge(parts, rows)
+        return output.view(batch, heads, length, -1).to(step.query.dtype)
+
+    def _attend_dense(
+        self, query: Tensor, step: Step, visible: Tensor | None, softcap: float | None
+    ) -> Partial:
+        """Attention over sinks, residual and the new tokens."""
+        dense, length = self.store.dense(), step.length
+        keys = torch.cat([dense.keys, step.keys.to(dense.keys.dtype)], 2)
+        values = torch.cat([dense.values, step.values.to(dense.values.dtype)], 2)
+        if length == 1 and dense.mask is None:
+            return dense_attention(query, keys, values, None, softcap)
+        device = step.keys.device
+        if visible is None:
+            visible = torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
+        past = torch.ones(1, dense.keys.shape[2], dtype=torch.bool, device=device)
+        if dense.mask is not None:
+            past = dense.mask
+        batch = max(past.shape[0], visible.shape[0])
+        past = past[:, None, :].expand(batch, length, -1)
+        seen = torch.cat([past, visible.expand(batch, -1, -1)], 2)[:, None, None]
+        return dense_attention(query, keys, values, seen, softcap)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep the given batch rows, in that order, repeats allowed."""
+        self.store.select(rows)
+        if self.statistics is not None:
+            self.statistics.select(torch.tensor(list(rows), device=self.store.device))
+
+    def crop(self, removed: Sequence[int]) -> None:
+        """Remove the last ``removed[b]`` tokens of every sequence.
+
+        Exact where they are in the residual. A cut through a page puts the page's remaining tokens back into the
+        residual as they were stored: what quantization took from them does not come back. Query statistics keep
+        what they have seen.
+        """
+        for row, count in enumerate(removed):
+            if not count:
+                continue
+            length = self.store.lengths[row] - count
+            restored = None
+            if (cut := self.store.cut_page(row, length)) is not None:
+                page, left = cut
+                keys, values = dequantize_pages(self.store.only(page), 0, rotated=self.rotated)
+                restored = keys[:, :left], values[:, :left]
+            self.store.crop(row, length, restored)
+
+    def memory(self) -> MemoryReport:
+        """Bytes held, by part."""
+        report = self.store.memory()
+        if self.statistics is not None:
+            report.parts["statistics"] = self.statistics.total.nbytes + self.statistics.count.nbytes
+        return report

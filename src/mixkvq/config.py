@@ -1,0 +1,229 @@
+"""The configuration of a quantized cache, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+#: Widths that codes can have; 16 stands for "not quantized, the model's own type".
+BITS = (2, 3, 4, 8, 16)
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class ConfigError(ValueError):
+    """A configuration that contradicts itself, or names something that does not exist."""
+
+
+@dataclass(frozen=True)
+class MixKVQConfig:
+    """How keys and values are stored. Immutable, and checked when it is made.
+
+    Use a preset and override what differs::
+
+        MixKVQConfig.preset("default")
+        MixKVQConfig.preset("paper", tau_bf16=1.44, tau_uint4=0.79)
+        MixKVQConfig.parse("paper:tau_bf16=1.44,tau_uint4=0.79")
+
+    Attributes:
+        policy: who decides the bits of each key channel; see ``mixkvq caches``.
+        residual_length: R, the newest tokens that stay in the model's type until there are R of them; also the
+            tokens in a page.
+        sinks: the first tokens of every sequence that always stay in the model's type.
+        key_bits: width of key channels that are not promoted.
+        key_group: tokens of one channel that share a scale; divides R.
+        key_clip: search the clipping range of key groups.
+        value_bits: width of values.
+        value_group: at most so many channels of one token share a scale (head dimensions that it does not divide
+            are cut into equal parts).
+        value_clip: search the clipping range of value groups.
+        value_rotation: "hadamard" rotates every value vector before it is quantized, and the attention output back.
+        tau_uint4, tau_bf16: absolute thresholds on a channel's salience; above them a channel gets 4 bits, or stays
+            in the model's type. For the "mixkvq" policy, instead of a budget.
+        budget: mean code bits of a key channel; the most salient channels get 4 bits until it is spent.
+        budget_scope: "layer" ranks the channels of all KV heads of a layer together, "head" each head's own.
+        salience: "query" is the paper's ``I_d * S_d``; "error" leaves out the query (its ablation).
+        scale_dtype: type that scales and zeros are stored in.
+        debug: check keys and values for NaN and infinity, and masks for hidden past tokens, at every step.
+    """
+
+    policy: str = "mixkvq"
+    residual_length: int = 128
+    sinks: int = 0
+    key_bits: int = 2
+    key_group: int = 32
+    key_clip: bool = False
+    value_bits: int = 2
+    value_group: int = 32
+    value_clip: bool = False
+    value_rotation: Literal["none", "hadamard"] = "none"
+    tau_uint4: float | None = None
+    tau_bf16: float | None = None
+    budget: float | None = None
+    budget_scope: Literal["layer", "head"] = "layer"
+    salience: Literal["query", "error"] = "query"
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        for field, allowed in _literals().items():
+            _require(getattr(self, field) in allowed, f"{field} is one of {_join(allowed)}", self, field)
+        _require(
+            self.residual_length >= 16 and self.residual_length % 16 == 0,
+            "residual_length is a multiple of 16 (tokens fill whole words)",
+            self,
+            "residual_length",
+        )
+        _require(
+            self.key_group >= 1 and self.residual_length % self.key_group == 0,
+            f"key_group divides residual_length ({self.residual_length})",
+            self,
+            "key_group",
+        )
+        _require(self.value_group >= 1, "value_group is at least 1", self, "value_group")
+        _require(self.sinks >= 0, "sinks is 0 or more tokens", self, "sinks")
+        for field in ("key_bits", "value_bits"):
+            _require(getattr(self, field) in BITS, f"{field} is one of {_join(BITS)}", self, field)
+        if self.budget is not None:
+            _require(
+                self.key_bits <= self.budget <= 4,
+                f"budget lies between key_bits ({self.key_bits}) and 4, the promoted width",
+                self,
+                "budget",
+            )
+            if self.tau_uint4 is not None or self.tau_bf16 is not None:
+                raise ConfigError(
+                    "budget and thresholds (tau_uint4, tau_bf16) are two ways to plan the same tiers: give one. "
+                    "To switch a preset over, set the other to none."
+                )
+        from mixkvq.policies import policy_class
+
+        policy_class(self.policy).check(self)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> MixKVQConfig:
+        """A preset by name, with fields replaced.
+
+        Raises:
+            ConfigError: the preset or a field does not exist, or the result contradicts itself.
+        """
+        presets = all_presets()
+        if name not in presets:
+            raise ConfigError(_unknown("preset", name, presets))
+        unknown = set(overrides) - _field_names()
+        if unknown:
+            raise ConfigError(_unknown("field", sorted(unknown)[0], _field_names()))
+        return cls(**{**presets[name].fields, **overrides})
+
+    @classmethod
+    def parse(cls, text: str) -> MixKVQConfig:
+        """A preset as the command line writes it: ``name`` or ``name:field=value,field=value``."""
+        name, _, rest = text.strip().partition(":")
+        overrides: dict[str, Any] = {}
+        for item in filter(None, (part.strip() for part in rest.split(","))):
+            field, equals, value = item.partition("=")
+            if not equals:
+                raise ConfigError(f"'{item}' in '{text}' is not of the form field=value.")
+            if field.strip() not in _field_names():
+                raise ConfigError(_unknown("field", field.strip(), _field_names()))
+            overrides[field.strip()] = _parse_value(field.strip(), value.strip())
+        return cls.preset(name, **overrides)
+
+    def replace(self, **changes: Any) -> MixKVQConfig:
+        """A copy with fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """All fields as a JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | Path) -> MixKVQConfig:
+        """From :meth:`to_json`'s text, or a file that holds it."""
+        raw = json.loads(text.read_text() if isinstance(text, Path) else text)
+        unknown = set(raw) - _field_names()
+        if unknown:
+            raise ConfigError(_unknown("field", sorted(unknown)[0], _field_names()))
+        return cls(**raw)
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """:attr:`scale_dtype` as a torch type."""
+        return SCALE_DTYPES[self.scale_dtype]
+
+    def value_groups(self, head_dim: int) -> int:
+        """Equal parts that a value vector is cut into, none longer than ``value_group``."""
+        groups = -(-head_dim // self.value_group)
+        while head_dim % groups:
+            groups += 1
+        return groups
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named configuration: ``fields`` override the defaults of :class:`MixKVQConfig`."""
+
+    summary: str
+    source: str
+    fields: dict[str, Any]
+
+
+def all_presets() -> dict[str, Preset]:
+    """Presets by name. Every policy brings its own (:attr:`mixkvq.policies.Policy.presets`)."""
+    from mixkvq.policies import POLICIES
+
+    return {name: preset for policy in POLICIES.values() for name, preset in policy.presets.items()}
+
+
+def _field_names() -> set[str]:
+    return {field.name for field in dataclasses.fields(MixKVQConfig)}
+
+
+def _type_hints() -> dict[str, Any]:
+    return typing.get_type_hints(MixKVQConfig)
+
+
+def _literals() -> dict[str, tuple[Any, ...]]:
+    hints = _type_hints().items()
+    return {name: typing.get_args(hint) for name, hint in hints if typing.get_origin(hint) is Literal}
+
+
+def _parse_value(field: str, text: str) -> Any:
+    hint = _type_hints()[field]
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    if bool in options:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{field} is true or false, not '{text}'.")
+        return text.lower() == "true"
+    for kind in (int, float):
+        if kind in options:
+            try:
+                return kind(text)
+            except ValueError:
+                raise ConfigError(f"{field} is a number, not '{text}'.") from None
+    return text
+
+
+def _require(condition: bool, rule: str, config: MixKVQConfig, field: str) -> None:
+    if not condition:
+        raise ConfigError(f"{rule}; {field}={getattr(config, field)!r} was given.")
+
+
+def _join(choices: typing.Iterable[Any]) -> str:
+    return ", ".join(str(choice) for choice in choices)
+
+
+def _unknown(kind: str, name: str, known: typing.Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"There is no {kind} '{name}'.{hint} Known: {_join(known)}."

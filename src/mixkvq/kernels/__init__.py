@@ -1,0 +1,1 @@
+"""What reads bytes. ``reference`` is the definition, everything else is tested against it."""

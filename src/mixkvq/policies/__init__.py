@@ -1,0 +1,26 @@
+"""Who decides the bits: one file a system, one short class each, all of them in this registry."""
+
+from mixkvq.policies.base import KeyBlock, Policy
+from mixkvq.policies.bf16 import BF16
+from mixkvq.policies.kitty import Kitty
+from mixkvq.policies.kivi import KIVI
+from mixkvq.policies.mixkvq import MixKVQ
+
+#: Adding a policy is one file and one line here; the CLI, the fidelity table and the tests' matrix follow.
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (MixKVQ, KIVI, Kitty, BF16)}
+
+
+def policy_class(name: str) -> type[Policy]:
+    """A policy by name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in POLICIES:
+        from mixkvq.config import ConfigError
+
+        raise ConfigError(f"There is no policy '{name}'. Known: {', '.join(sorted(POLICIES))}.")
+    return POLICIES[name]
+
+
+__all__ = ["POLICIES", "KeyBlock", "Policy", "policy_class"]

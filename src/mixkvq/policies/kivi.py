@@ -1,0 +1,38 @@
+"""KIVI (ICML 2024, arXiv 2402.02750): keys per channel, values per token, one width for all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixkvq.config import ConfigError, MixKVQConfig, Preset
+from mixkvq.policies.base import KeyBlock, Policy
+
+SOURCE = "KIVI, arXiv 2402.02750"
+
+
+class KIVI(Policy):
+    """Every channel has ``key_bits``.
+
+    Differs from the paper in one point: values leave the residual together with the keys of their block, while
+    KIVI's newest R values stay in full precision as a sliding window.
+    """
+
+    name = "kivi"
+    presets = {  # noqa: RUF012
+        "kivi-2": Preset("2 bits for all keys and values, groups of 32", SOURCE, {"policy": "kivi"}),
+        "kivi-4": Preset(
+            "4 bits for all keys and values, groups of 32",
+            SOURCE,
+            {"policy": "kivi", "key_bits": 4, "value_bits": 4},
+        ),
+    }
+
+    @classmethod
+    def check(cls, config: MixKVQConfig) -> None:
+        if config.budget is not None or config.tau_uint4 is not None or config.tau_bf16 is not None:
+            raise ConfigError("The kivi policy promotes no channels: leave budget and thresholds out.")
+
+    def plan(self, block: KeyBlock) -> Tensor:
+        n, heads, _, dim = block.keys.shape
+        return torch.full((n, heads, dim), self.config.key_bits, dtype=torch.uint8, device=block.keys.device)

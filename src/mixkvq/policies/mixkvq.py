@@ -1,0 +1,83 @@
+"""MixKVQ (arXiv 2512.19206): channels that are hard to quantize and used by the queries get more bits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mixkvq.config import ConfigError, MixKVQConfig, Preset
+from mixkvq.policies.base import KeyBlock, Policy
+from mixkvq.policies.tiers import promote_above, promote_top
+from mixkvq.quant.block import DENSE_BITS
+from mixkvq.quant.salience import sensitivity
+
+PAPER = "MixKVQ, arXiv 2512.19206"
+
+#: Thresholds by model, as found in the paper by a search on GSM8K: (tau_bf16, tau_uint4).
+PAPER_THRESHOLDS = {
+    "r1-llama-8b": (1.44, 0.79),
+    "r1-qwen-7b": (0.63, 0.41),
+    "r1-qwen-14b": (1.52, 1.60),
+    "r1-qwen-32b": (1.85, 1.58),
+}
+
+
+class MixKVQ(Policy):
+    """Ranks channels by ``A_d = I_d * S_d``; thresholds or a budget cut the ranking into tiers."""
+
+    name = "mixkvq"
+    presets = {  # noqa: RUF012 - shared on purpose
+        "default": Preset(
+            "what to run: a bit budget, query-aware ranking, 4 sinks, rotated values",
+            "this package; see docs/method.md",
+            {
+                "sinks": 4,
+                "budget": 2.5,
+                "key_group": 128,
+                "key_clip": True,
+                "value_group": 64,
+                "value_clip": True,
+                "value_rotation": "hadamard",
+            },
+        ),
+        "paper": Preset(
+            "the paper's method; thresholds for 2.3 code bits on SmolLM2-135M, set your model's",
+            PAPER,
+            {"tau_bf16": 10.1, "tau_uint4": 3.2},
+        ),
+        **{
+            f"paper-{model}": Preset(
+                f"the paper's method with its thresholds for DeepSeek-{model.upper()}",
+                f"{PAPER}, hyper-parameters",
+                {"tau_bf16": tau_bf16, "tau_uint4": tau_uint4},
+            )
+            for model, (tau_bf16, tau_uint4) in PAPER_THRESHOLDS.items()
+        },
+    }
+
+    @property
+    def uses_queries(self) -> bool:  # type: ignore[override]
+        return self.config.salience == "query"
+
+    @classmethod
+    def check(cls, config: MixKVQConfig) -> None:
+        if config.key_bits != 2:
+            raise ConfigError(f"The mixkvq policy promotes channels above key_bits=2, not {config.key_bits}.")
+        if config.budget is None and (config.tau_uint4 is None or config.tau_bf16 is None):
+            raise ConfigError("The mixkvq policy needs a budget, or both tau_uint4 and tau_bf16.")
+
+    @property
+    def promoted_bits(self) -> tuple[int, ...]:
+        return (4,) if self.config.budget is not None else (4, DENSE_BITS)
+
+    def salience(self, block: KeyBlock) -> Tensor:
+        """``A_d [N, Hkv, D]``, or ``S_d`` alone for the ablation without the query."""
+        error = sensitivity(block.keys, self.config.key_group, self.config.key_bits)
+        return error if block.importance is None else block.importance * error
+
+    def plan(self, block: KeyBlock) -> Tensor:
+        config, score = self.config, self.salience(block)
+        if config.budget is not None:
+            return promote_top(score, config.key_bits, 4, config.budget, config.budget_scope)
+        assert config.tau_uint4 is not None
+        assert config.tau_bf16 is not None
+        return promote_above(score, config.key_bits, {4: config.tau_uint4, DENSE_BITS: config.tau_bf16})

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: no cache, no model."""

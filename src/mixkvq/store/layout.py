@@ -1,0 +1,190 @@
+"""The page format, stated once: which fields a page has, where they lie, how many bytes they take.
+
+A **page** holds a block of R tokens of all KV heads of one layer, as one run of bytes (docs/format.md):
+
+* keys: one plane of ``[Hkv, words, D]`` 16-bit words per 2 bits of ``key_bits``, channels innermost; scale and zero
+  ``[Hkv, R / G, D]``. The scale is that of the *base planes*: a promoted channel's extra planes count in units of
+  ``scale / 2**extra_bits``, so reading the base planes takes no knowledge of tiers. A dense channel has scale and
+  zero 0 and contributes nothing here.
+* values: one plane of ``[Hkv, D, words]`` words per 2 bits, tokens innermost; scale and zero ``[Hkv, groups, R]``.
+* per promoted width: the run of **chunks** that holds its channels, and the first lane of every head in that run.
+
+A chunk holds 16 promoted channels, its **lanes**: each lane's channel number and either the planes of its extra low
+bits, ``[words, 16]``, or the keys themselves, ``[R, 16]``. Lanes are filled head after head without gaps, only a
+page's last chunk has some to spare, so counts may differ from head to head at no cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mixkvq.quant.block import DENSE_BITS
+from mixkvq.quant.planes import plane_widths, words_per_page
+
+#: Channels of a chunk.
+LANES = 16
+#: Every field starts at a multiple of so many bytes, so that a GPU may load vectors.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array in a record; ``part`` is the line of the memory report that it counts in."""
+
+    name: str
+    part: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Record:
+    """Fields one after the other in a run of bytes."""
+
+    def __init__(self, fields: Iterable[Field]) -> None:
+        self.fields = tuple(fields)
+        self.offsets: dict[str, int] = {}
+        end = 0
+        for field in self.fields:
+            self.offsets[field.name] = end
+            end += -(-field.nbytes // ALIGNMENT) * ALIGNMENT
+        self.nbytes = end
+
+    def views(self, data: Tensor) -> dict[str, Tensor]:
+        """``data [N, nbytes]`` uint8 as one ``[N, *shape]`` view per field; nothing is copied."""
+        views = {}
+        for field in self.fields:
+            offset = self.offsets[field.name]
+            flat = data[:, offset : offset + field.nbytes].view(field.dtype)
+            views[field.name] = flat.unflatten(1, field.shape)
+        return views
+
+    def part_bytes(self) -> dict[str, int]:
+        """Bytes of one record by part; what alignment adds counts with the field before it."""
+        parts: dict[str, int] = {}
+        ends = [*list(self.offsets.values())[1:], self.nbytes]
+        for field, end in zip(self.fields, ends, strict=True):
+            parts[field.part] = parts.get(field.part, 0) + end - self.offsets[field.name]
+        return parts
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """The format of one layer's pages.
+
+    Attributes:
+        kv_heads, key_dim, value_dim: shape of the layer's cache.
+        tokens: R, tokens of a page.
+        key_bits, key_group: base width of keys and tokens per key scale.
+        value_bits, value_groups: width of values and parts of a value vector with a scale each.
+        promoted_bits: widths above ``key_bits`` that single channels can have.
+        param_dtype: type of scales and zeros.
+        dense_dtype: type of everything that is not quantized: the model's own.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    tokens: int
+    key_bits: int
+    key_group: int
+    value_bits: int
+    value_groups: int
+    promoted_bits: tuple[int, ...]
+    param_dtype: torch.dtype
+    dense_dtype: torch.dtype
+
+    @cached_property
+    def page(self) -> Record:
+        """The record of one page."""
+        return Record([*self._key_fields(), *self._value_fields(), *self._run_fields()])
+
+    @cached_property
+    def chunks(self) -> dict[int, Record]:
+        """The record of one chunk, by promoted width."""
+        return {bits: Record(self._chunk_fields(bits)) for bits in self.promoted_bits}
+
+    def extra_bits(self, bits: int) -> int:
+        """Bits of a promoted channel that lie in its chunk rather than in the base planes."""
+        return bits - self.key_bits
+
+    def chunks_for(self, channels: int) -> int:
+        """Chunks that a page needs for so many promoted channels."""
+        return -(-channels // LANES)
+
+    def page_bytes(self, promoted: dict[int, int]) -> int:
+        """Bytes of one page and its chunks, with ``promoted`` channels of all heads together, by width."""
+        chunks = sum(self.chunks_for(count) * self.chunks[bits].nbytes for bits, count in promoted.items())
+        return self.page.nbytes + chunks
+
+    def _key_fields(self) -> list[Field]:
+        if self.key_bits == DENSE_BITS:
+            return [
+                Field("keys", "key codes", self.dense_dtype, (self.kv_heads, self.tokens, self.key_dim))
+            ]
+        params = (self.kv_heads, self.tokens // self.key_group, self.key_dim)
+        planes = [
+            Field(
+                f"key_plane_{i}",
+                "key codes",
+                torch.int16,
+                (self.kv_heads, words_per_page(self.tokens, width), self.key_dim),
+            )
+            for i, width in enumerate(plane_widths(self.key_bits))
+        ]
+        return [
+            *planes,
+            Field("key_scale", "key scales", self.param_dtype, params),
+            Field("key_zero", "key scales", self.param_dtype, params),
+        ]
+
+    def _value_fields(self) -> list[Field]:
+        if self.value_bits == DENSE_BITS:
+            return [
+                Field("values", "value codes", self.dense_dtype, (self.kv_heads, self.tokens, self.value_dim))
+            ]
+        params = (self.kv_heads, self.value_groups, self.tokens)
+        planes = [
+            Field(
+                f"value_plane_{i}",
+                "value codes",
+                torch.int16,
+                (self.kv_heads, self.value_dim, words_per_page(self.tokens, width)),
+            )
+            for i, width in enumerate(plane_widths(self.value_bits))
+        ]
+        return [
+            *planes,
+            Field("value_scale", "value scales", self.param_dtype, params),
+            Field("value_zero", "value scales", self.param_dtype, params),
+        ]
+
+    def _run_fields(self) -> list[Field]:
+        return [
+            field
+            for bits in self.promoted_bits
+            for field in (
+                Field(f"run_{bits}", "tier index", torch.int32, (2,)),  # first chunk, number of chunks
+                Field(f"first_lane_{bits}", "tier index", torch.int16, (self.kv_heads + 1,)),
+            )
+        ]
+
+    def _chunk_fields(self, bits: int) -> list[Field]:
+        channel_dtype = torch.uint8 if self.key_dim <= 256 else torch.int16
+        channel = Field("channel", "tier index", channel_dtype, (LANES,))
+        if bits == DENSE_BITS:
+            return [channel, Field("keys", "key codes", self.dense_dtype, (self.tokens, LANES))]
+        planes = [
+            Field(f"plane_{i}", "key codes", torch.int16, (words_per_page(self.tokens, width), LANES))
+            for i, width in enumerate(plane_widths(self.extra_bits(bits)))
+        ]
+        return [channel, *planes]

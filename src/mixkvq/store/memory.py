@@ -1,0 +1,82 @@
+"""What a cache holds, counted from its tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+#: Parts that are the packed pages; everything else is kept in the model's type, or keeps the books.
+PACKED_PARTS = ("key codes", "key scales", "tier index", "value codes", "value scales")
+
+
+@dataclass
+class MemoryReport:
+    """Bytes held, by part, and what they come to per element.
+
+    Attributes:
+        parts: bytes of the tensors really held: the packed parts (``key codes, key scales, tier index, value codes,
+            value scales``), ``sinks``, ``residual`` (allocated in full from the start), ``statistics`` (running
+            query sums), ``tables`` (block table, lengths), ``spare`` (room allocated ahead of need) and ``other
+            layers`` (layers this package leaves alone: sliding windows and the like).
+        packed_keys, packed_values: elements in pages.
+        key_code_bits, value_code_bits: bits of their codes, each channel counted at its tier's width.
+        elements: elements of all tokens seen by the quantized layers, keys and values together.
+    """
+
+    parts: Counter[str] = field(default_factory=Counter)
+    packed_keys: int = 0
+    packed_values: int = 0
+    key_code_bits: int = 0
+    value_code_bits: int = 0
+    elements: int = 0
+
+    def __add__(self, other: MemoryReport) -> MemoryReport:
+        return MemoryReport(
+            self.parts + other.parts,
+            self.packed_keys + other.packed_keys,
+            self.packed_values + other.packed_values,
+            self.key_code_bits + other.key_code_bits,
+            self.value_code_bits + other.value_code_bits,
+            self.elements + other.elements,
+        )
+
+    @property
+    def total(self) -> int:
+        """Bytes held, everything counted."""
+        return sum(self.parts.values())
+
+    @property
+    def bf16(self) -> int:
+        """Bytes of the same tokens in a BF16 cache."""
+        return 2 * self.elements + self.parts["other layers"]
+
+    @property
+    def key_bits_codes(self) -> float:
+        """Bits of code per packed key element: the papers' "effective bits"."""
+        return self.key_code_bits / max(self.packed_keys, 1)
+
+    @property
+    def value_bits_codes(self) -> float:
+        """Bits of code per packed value element."""
+        return self.value_code_bits / max(self.packed_values, 1)
+
+    @property
+    def key_bits(self) -> float:
+        """Honest bits per packed key element: codes, scales, zeros and tier index as they are stored."""
+        held = self.parts["key codes"] + self.parts["key scales"] + self.parts["tier index"]
+        return 8 * held / max(self.packed_keys, 1)
+
+    @property
+    def value_bits(self) -> float:
+        """Honest bits per packed value element."""
+        return 8 * (self.parts["value codes"] + self.parts["value scales"]) / max(self.packed_values, 1)
+
+    @property
+    def bits(self) -> float:
+        """Honest bits per packed element, over keys and values."""
+        return 8 * sum(self.parts[p] for p in PACKED_PARTS) / max(self.packed_keys + self.packed_values, 1)
+
+    @property
+    def bits_held(self) -> float:
+        """Bits per element over all tokens: :attr:`total` without other layers, sinks and residual included."""
+        return 8 * (self.total - self.parts["other layers"]) / max(self.elements, 1)
