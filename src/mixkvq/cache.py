@@ -102,13 +102,19 @@ class LayerCache:
             importance = self.statistics.importance(torch.tensor(blocks.sequences, device=blocks.keys.device))
         bits = self.policy.plan(KeyBlock(blocks.keys, importance))
         keys = quantize_keys(
-            blocks.keys, bits, group=config.key_group, clip=config.key_clip, param_dtype=config.param_dtype
+            blocks.keys,
+            bits,
+            group=config.key_group,
+            clip=config.key_clip,
+            unbiased=config.key_unbiased,
+            param_dtype=config.param_dtype,
         )
         values = quantize_values(
             blocks.values,
             config.value_bits,
             groups=self.store.layout.value_groups,
             clip=config.value_clip,
+            unbiased=config.value_unbiased,
             rotation=self.rotated,
             param_dtype=config.param_dtype,
         )

@@ -40,10 +40,12 @@ class MixKVQConfig:
         key_bits: width of key channels that are not promoted.
         key_group: tokens of one channel that share a scale; divides R.
         key_clip: search the clipping range of key groups.
+        key_unbiased: undo the shrinkage that quantizing key groups causes (:mod:`mixkvq.quant.affine`).
         value_bits: width of values.
         value_group: at most so many channels of one token share a scale (head dimensions that it does not divide
             are cut into equal parts).
         value_clip: search the clipping range of value groups.
+        value_unbiased: undo the shrinkage of value groups.
         value_rotation: "hadamard" rotates every value vector before it is quantized, and the attention output back.
         tau_uint4, tau_bf16: absolute thresholds on a channel's salience; above them a channel gets 4 bits, or stays
             in the model's type. For the "mixkvq" policy, instead of a budget.
@@ -60,9 +62,11 @@ class MixKVQConfig:
     key_bits: int = 2
     key_group: int = 32
     key_clip: bool = False
+    key_unbiased: bool = False
     value_bits: int = 2
     value_group: int = 32
     value_clip: bool = False
+    value_unbiased: bool = False
     value_rotation: Literal["none", "hadamard"] = "none"
     tau_uint4: float | None = None
     tau_bf16: float | None = None

@@ -49,13 +49,13 @@ class QuantizedValues:
 
 
 def quantize_keys(
-    keys: Tensor, bits: Tensor, *, group: int, clip: bool, param_dtype: torch.dtype
+    keys: Tensor, bits: Tensor, *, group: int, clip: bool, unbiased: bool, param_dtype: torch.dtype
 ) -> QuantizedKeys:
     """Quantize keys ``[N, Hkv, R, D]`` per channel, in groups of ``group`` tokens, at ``bits [N, Hkv, D]``."""
     dense = bits == DENSE_BITS
     grouped = keys.transpose(2, 3).unflatten(3, (-1, group))  # [N, Hkv, D, R / G, G]
     widths = bits.masked_fill(dense, 1)[..., None, None]
-    q = quantize(grouped, widths, clip=clip, param_dtype=param_dtype)
+    q = quantize(grouped, widths, clip=clip, unbiased=unbiased, param_dtype=param_dtype)
     off = dense[:, :, None, :]
     return QuantizedKeys(
         codes=q.codes.flatten(3).transpose(2, 3).masked_fill(off, 0),
@@ -67,11 +67,19 @@ def quantize_keys(
 
 
 def quantize_values(
-    values: Tensor, bits: int, *, groups: int, clip: bool, rotation: bool, param_dtype: torch.dtype
+    values: Tensor,
+    bits: int,
+    *,
+    groups: int,
+    clip: bool,
+    unbiased: bool,
+    rotation: bool,
+    param_dtype: torch.dtype,
 ) -> QuantizedValues:
     """Quantize values ``[N, Hkv, R, D]`` per token, in ``groups`` equal parts of the channels."""
     basis = rotate(values) if rotation else values
-    q = quantize(basis.unflatten(3, (groups, -1)), min(bits, 8), clip=clip, param_dtype=param_dtype)
+    grouped = basis.unflatten(3, (groups, -1))
+    q = quantize(grouped, min(bits, 8), clip=clip, unbiased=unbiased, param_dtype=param_dtype)
     return QuantizedValues(
         codes=q.codes.flatten(3), scale=q.scale.squeeze(-1), zero=q.zero.squeeze(-1), dense=values
     )

@@ -9,9 +9,9 @@ A **page** holds a block of R tokens of all KV heads of one layer, as one run of
 * values: one plane of ``[Hkv, D, words]`` words per 2 bits, tokens innermost; scale and zero ``[Hkv, groups, R]``.
 * per promoted width: the run of **chunks** that holds its channels, and the first lane of every head in that run.
 
-A chunk holds 16 promoted channels, its **lanes**: each lane's channel number and either the planes of its extra low
-bits, ``[words, 16]``, or the keys themselves, ``[R, 16]``. Lanes are filled head after head without gaps, only a
-page's last chunk has some to spare, so counts may differ from head to head at no cost.
+A chunk holds some promoted channels, its **lanes**: each lane's channel number and either the planes of the extra low
+bits of 16 channels, ``[words, 16]``, or the keys of one dense channel, ``[R, 1]``. Lanes are filled head after head
+without gaps, only a page's last chunk has some to spare, so counts may differ from head to head at no cost.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from torch import Tensor
 from mixkvq.quant.block import DENSE_BITS
 from mixkvq.quant.planes import plane_widths, words_per_page
 
-#: Channels of a chunk.
-LANES = 16
+#: Channels of a chunk of extra planes: one tile of a matrix product. A dense channel, eight times as large, has a chunk
+#: of its own, so that a page with one of them does not pay for 16.
+PLANE_LANES = 16
 #: Every field starts at a multiple of so many bytes, so that a GPU may load vectors.
 ALIGNMENT = 16
 
@@ -89,6 +90,7 @@ class PageLayout:
         promoted_bits: widths above ``key_bits`` that single channels can have.
         param_dtype: type of scales and zeros.
         dense_dtype: type of everything that is not quantized: the model's own.
+        promoted_dtype: type of dense channels among quantized ones: 16 bits wide.
     """
 
     kv_heads: int
@@ -117,13 +119,21 @@ class PageLayout:
         """Bits of a promoted channel that lie in its chunk rather than in the base planes."""
         return bits - self.key_bits
 
-    def chunks_for(self, channels: int) -> int:
-        """Chunks that a page needs for so many promoted channels."""
-        return -(-channels // LANES)
+    @property
+    def promoted_dtype(self) -> torch.dtype:
+        return self.dense_dtype if self.dense_dtype.itemsize == 2 else torch.bfloat16
+
+    def lanes(self, bits: int) -> int:
+        """Channels of a chunk of the given promoted width."""
+        return 1 if bits == DENSE_BITS else PLANE_LANES
+
+    def chunks_for(self, bits: int, channels: int) -> int:
+        """Chunks that a page needs for so many channels promoted to a width."""
+        return -(-channels // self.lanes(bits))
 
     def page_bytes(self, promoted: dict[int, int]) -> int:
         """Bytes of one page and its chunks, with ``promoted`` channels of all heads together, by width."""
-        chunks = sum(self.chunks_for(count) * self.chunks[bits].nbytes for bits, count in promoted.items())
+        chunks = sum(self.chunks_for(bits, n) * self.chunks[bits].nbytes for bits, n in promoted.items())
         return self.page.nbytes + chunks
 
     def _key_fields(self) -> list[Field]:
@@ -180,11 +190,11 @@ class PageLayout:
 
     def _chunk_fields(self, bits: int) -> list[Field]:
         channel_dtype = torch.uint8 if self.key_dim <= 256 else torch.int16
-        channel = Field("channel", "tier index", channel_dtype, (LANES,))
+        channel = Field("channel", "tier index", channel_dtype, (self.lanes(bits),))
         if bits == DENSE_BITS:
-            return [channel, Field("keys", "key codes", self.dense_dtype, (self.tokens, LANES))]
+            return [channel, Field("keys", "key codes", self.promoted_dtype, (self.tokens, 1))]
         planes = [
-            Field(f"plane_{i}", "key codes", torch.int16, (words_per_page(self.tokens, width), LANES))
+            Field(f"plane_{i}", "key codes", torch.int16, (words_per_page(self.tokens, width), PLANE_LANES))
             for i, width in enumerate(plane_widths(self.extra_bits(bits)))
         ]
         return [channel, *planes]

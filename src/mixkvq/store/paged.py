@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mixkvq.quant.block import DENSE_BITS, QuantizedKeys, QuantizedValues
 from mixkvq.quant.planes import pack, plane_widths, split_planes
-from mixkvq.store.layout import LANES, PageLayout
+from mixkvq.store.layout import PageLayout
 from mixkvq.store.memory import MemoryReport
 from mixkvq.store.pool import ChunkPool, PagePool
 from mixkvq.store.view import PackedPages
@@ -179,7 +179,7 @@ class PagedStore:
         promoted = keys.bits == bits
         per_head = promoted.sum(2)
         counts = per_head.sum(1).tolist()
-        chunk_counts = [self.layout.chunks_for(count) for count in counts]
+        chunk_counts = [self.layout.chunks_for(bits, count) for count in counts]
         pool = self.chunks[bits]
         if pool.allocate(pages, chunk_counts):
             self._write_runs(bits, list(pool.runs))
@@ -189,24 +189,24 @@ class PagedStore:
         first_lane = torch.nn.functional.pad(per_head.cumsum(1), (1, 0))
         self.pages.fields()[f"first_lane_{bits}"][at] = first_lane.to(torch.int16)
 
-        total = sum(chunk_counts)
+        total, width = sum(chunk_counts), self.layout.lanes(bits)
         if not total:
             return
         block, head, channel = promoted.nonzero(as_tuple=True)
         chunks = torch.tensor(chunk_counts, device=self.device)
         channels_before = first_lane[:, -1].cumsum(0) - first_lane[:, -1]
-        lanes_before = (chunks.cumsum(0) - chunks) * LANES
+        lanes_before = (chunks.cumsum(0) - chunks) * width
         lane = torch.arange(len(block), device=self.device) - channels_before[block] + lanes_before[block]
         source = keys.dense if bits == DENSE_BITS else keys.codes & ((1 << self.layout.extra_bits(bits)) - 1)
-        lanes = source.new_zeros(total * LANES, self.layout.tokens)
+        lanes = source.new_zeros(total * width, self.layout.tokens)
         lanes[lane] = source[block, head, :, channel]
-        tokens_by_lane = lanes.unflatten(0, (total, LANES)).transpose(1, 2)  # [chunks, R, LANES]
+        tokens_by_lane = lanes.unflatten(0, (total, width)).transpose(1, 2)  # [chunks, R, lanes]
 
         start = pool.runs[pages[0]][0]
         fields = {name: view[start : start + total] for name, view in pool.fields().items()}
-        numbers = torch.zeros(total * LANES, dtype=torch.long, device=self.device)
+        numbers = torch.zeros(total * width, dtype=torch.long, device=self.device)
         numbers[lane] = channel
-        fields["channel"].copy_(numbers.view(total, LANES))
+        fields["channel"].copy_(numbers.view(total, width))
         if bits == DENSE_BITS:
             fields["keys"].copy_(tokens_by_lane)
             return
@@ -325,7 +325,7 @@ class PagedStore:
         report.value_code_bits = report.packed_values * self._code_bits(layout.value_bits)
         for bits in self.chunks:
             report.key_code_bits += self._promoted(bits) * layout.tokens * (
-                self._code_bits(bits) - self._code_bits(layout.key_bits)
+                bits - self._code_bits(layout.key_bits)
             )
         return report
 

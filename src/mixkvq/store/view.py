@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mixkvq.store.layout import LANES, PageLayout
+from mixkvq.store.layout import PageLayout
 from mixkvq.store.pool import ChunkPool, PagePool
 
 
@@ -19,7 +19,7 @@ class ChunkSlice:
     Attributes:
         channel: ``[N, lanes]`` int64, number of each lane's channel within its head.
         head: ``[N, lanes, Hkv]`` bool, True at the head that owns the lane; all False at padding.
-        fields: the chunks' planes or keys, ``[N, chunks, words or R, 16]``.
+        fields: the chunks' planes or keys, ``[N, chunks, words or R, lanes of a chunk]``.
     """
 
     channel: Tensor
@@ -123,7 +123,7 @@ class PackedPages:
         views = {
             name: view.unflatten(0, (len(numbers), most)) for name, view in pool.record.views(data).items()
         }
-        lane = torch.arange(most * LANES, device=pool.data.device)[:, None]
+        lane = torch.arange(most * self.layout.lanes(bits), device=pool.data.device)[:, None]
         first = fields[f"first_lane_{bits}"][:, None, :]
         head = (lane >= first[..., :-1]) & (lane < first[..., 1:])
         return ChunkSlice(views.pop("channel").flatten(1).long(), head, views)
