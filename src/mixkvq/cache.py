@@ -12,7 +12,7 @@ from mixkvq.config import MixKVQConfig
 from mixkvq.kernels.packed import packed_attention
 from mixkvq.kernels.partial import Partial, dense_attention, merge
 from mixkvq.kernels.reference import dequantize_pages
-from mixkvq.policies import KeyBlock, Policy
+from mixkvq.policies import KeyBlock, Policy, policy_class
 from mixkvq.quant.block import quantize_keys, quantize_values
 from mixkvq.quant.rotation import rotate
 from mixkvq.quant.salience import QueryStatistics
@@ -42,7 +42,44 @@ class Step:
     def tokens(self, start: int, stop: int) -> Step:
         """The tokens ``start`` to ``stop``."""
         real = None if self.real is None else self.real[:, start:stop]
-        return Step(*(x[:, :, start:stop] for x in (self.query, self.keys, self.values)), real)
+        part = slice(start, stop)
+        return Step(self.query[:, :, part], self.keys[:, :, part], self.values[:, :, part], real)
+
+
+def page_layout(
+    config: MixKVQConfig, policy: Policy, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+) -> PageLayout:
+    """The page format that a configuration leads to in a layer of the given shape."""
+    return PageLayout(
+        kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        tokens=config.residual_length,
+        key_bits=config.key_bits,
+        key_group=config.key_group,
+        value_bits=config.value_bits,
+        value_groups=config.value_groups(value_dim),
+        promoted_bits=policy.promoted_bits,
+        param_dtype=config.param_dtype,
+        dense_dtype=dtype,
+    )
+
+
+def expected_bits(
+    config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[float, float, bool]:
+    """Honest bits per packed key and value element, as the page format has them.
+
+    Returns:
+        key bits, value bits, and whether these are final: a policy with thresholds promotes channels by the data, and
+        key bits are then those without any.
+    """
+    policy = policy_class(config.policy)(config)
+    layout = page_layout(config, policy, kv_heads, head_dim, head_dim, dtype)
+    promoted = policy.promoted_channels(kv_heads, head_dim)
+    page = MemoryReport(layout.part_bytes(promoted or {}))
+    page.packed_keys = page.packed_values = kv_heads * layout.tokens * head_dim
+    return page.key_bits, page.value_bits, promoted is not None
 
 
 class LayerCache:
@@ -58,20 +95,7 @@ class LayerCache:
         self.config = config
         self.policy = policy
         batch, kv_heads, _, key_dim = like.keys.shape
-        value_dim = like.values.shape[3]
-        layout = PageLayout(
-            kv_heads=kv_heads,
-            key_dim=key_dim,
-            value_dim=value_dim,
-            tokens=config.residual_length,
-            key_bits=config.key_bits,
-            key_group=config.key_group,
-            value_bits=config.value_bits,
-            value_groups=config.value_groups(value_dim),
-            promoted_bits=policy.promoted_bits,
-            param_dtype=config.param_dtype,
-            dense_dtype=like.keys.dtype,
-        )
+        layout = page_layout(config, policy, kv_heads, key_dim, like.values.shape[3], like.keys.dtype)
         device = like.keys.device
         self.store = PagedStore(layout, batch, config.sinks, device)
         self.statistics = QueryStatistics(batch, kv_heads, key_dim, device) if policy.uses_queries else None
@@ -90,9 +114,7 @@ class LayerCache:
             size = max(1, MAX_QUANTIZED // blocks.keys[0].numel())
             for start in range(0, len(blocks.sequences), size):
                 part = slice(start, start + size)
-                self._flush(
-                    FullBlocks(blocks.keys[part], blocks.values[part], blocks.sequences[part])
-                )
+                self._flush(FullBlocks(blocks.keys[part], blocks.values[part], blocks.sequences[part]))
 
     def _flush(self, blocks: FullBlocks) -> None:
         """Plan, quantize, pack."""
@@ -159,9 +181,7 @@ class LayerCache:
         output = merge(parts, rows)
         return output.view(batch, heads, length, -1).to(step.query.dtype)
 
-    def _attend_dense(
-        self, query: Tensor, step: Step, visible: Tensor | None, softcap: float | None
-    ) -> Partial:
+    def _attend_dense(self, query: Tensor, step: Step, visible: Tensor | None, softcap: float | None) -> Partial:
         """Attention over sinks, residual and the new tokens."""
         dense, length = self.store.dense(), step.length
         keys = torch.cat([dense.keys, step.keys.to(dense.keys.dtype)], 2)

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_accelerate_available, is_gguf_available
 
 from mixkvq.adapters.transformers import NAME
@@ -44,15 +50,16 @@ def load(
         weights["quantization_config"] = GgufConfig(dequantize=True)
     elif Path(name).exists() and not (Path(name) / "config.json").exists():
         raise ModelError(
-            f"There is no model in '{name}': a folder written by save_pretrained has a config.json. Give such a folder, "
-            "a name on the Hugging Face hub, or leave --model out for SmolLM2-135M-Instruct."
+            f"There is no model in '{name}': a folder written by save_pretrained has a config.json. Give such a "
+            "folder, a name on the Hugging Face hub, or leave --model out for SmolLM2-135M-Instruct."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         model = AutoModelForCausalLM.from_pretrained(name, **source, **weights)
     except (OSError, ValueError) as error:
         raise ModelError(f"Could not load '{name}': {error}") from error
-    return model.to(device).eval(), tokenizer
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval(), tokenizer
 
 
 def context_length(model: PreTrainedModel) -> int | None:

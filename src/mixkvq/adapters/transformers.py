@@ -80,9 +80,7 @@ class MixKVQLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(
-        self, config: MixKVQConfig, policy: Policy, masks: MaskReader, expected: ExpectedShape
-    ) -> None:
+    def __init__(self, config: MixKVQConfig, policy: Policy, masks: MaskReader, expected: ExpectedShape) -> None:
         super().__init__()
         self.config = config
         self.policy = policy
@@ -178,9 +176,7 @@ class MixKVQLayer(CacheLayerMixin):
 
     # What the attention function calls
 
-    def attend(
-        self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float, **options: Any
-    ) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float, **options: Any) -> Tensor:
         """Attention of ``query [B, Hq, L, D]`` over all tokens; stores the pending ones. Returns ``[B, L, Hq, D]``."""
         if self.pending is None:
             raise UnsupportedModelError(
@@ -279,12 +275,18 @@ class MixKVQCache(Cache):
     Args:
         model_config: ``model.config``.
         config: how keys and values are stored: a :class:`MixKVQConfig`, or text for :meth:`MixKVQConfig.parse`.
+        policy: one of your own that decides the bits, instead of the one that ``config.policy`` names.
 
     Raises:
         UnsupportedModelError: multi-head latent attention, layers that share keys and values, encoder-decoders.
     """
 
-    def __init__(self, model_config: PreTrainedConfig, config: MixKVQConfig | str = "default") -> None:
+    def __init__(
+        self,
+        model_config: PreTrainedConfig,
+        config: MixKVQConfig | str = "default",
+        policy: Policy | None = None,
+    ) -> None:
         if isinstance(config, str):
             config = MixKVQConfig.parse(config)
         if not isinstance(model_config, PreTrainedConfig):
@@ -294,7 +296,8 @@ class MixKVQCache(Cache):
         self.config = config
         text_config = model_config.get_text_config(decoder=True)
         _refuse_unsupported(model_config, text_config)
-        policy = policy_class(config.policy)(config)
+        if policy is None:
+            policy = policy_class(config.policy)(config)
         masks, expected = MaskReader(), ExpectedShape(text_config)
         layers = [
             MixKVQLayer(config, policy, masks, expected) if type(layer) is DynamicLayer else layer
@@ -351,7 +354,7 @@ class ExpectedShape:
         self.model_type = config.model_type
 
     def check(self, keys: Tensor) -> None:
-        """Raise a ``ValueError`` unless keys ``[B, Hkv, L, D]`` can be that model's, or a tensor-parallel share of it."""
+        """Raise a ``ValueError`` unless keys ``[B, Hkv, L, D]`` are that model's, or a tensor-parallel share."""
         _, heads, _, dim = keys.shape
         right_heads = not isinstance(self.kv_heads, int) or self.kv_heads % heads == 0
         right_dim = not isinstance(self.head_dim, int) or self.head_dim == dim
@@ -377,8 +380,8 @@ class MaskReader:
             mask: ``[B, 1, L, T]``, bool or additive with 0 and very negative numbers, or None: causal, no padding.
 
         Returns:
-            ``visible [B, L, L]`` and ``real [B, L]``, bool; None for a plain causal one, and where all are real. A token
-            is real if it sees itself.
+            ``visible [B, L, L]`` and ``real [B, L]``, bool; None for a plain causal one, and where all are real. A
+            token is real if it sees itself.
         """
         if mask is None:
             return None, None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -150,9 +150,3 @@ def _read_window(
             tally.add(reference[first:last], logits[first - start : last - start], window[first + 1 : last + 1])
     tally.memory += cache.memory()
     tally.windows += 1
-
-
-def cut_windows(tokens: Sequence[int], size: int, count: int) -> Tensor:
-    """The first ``count`` windows of ``size`` tokens, without overlap: ``[N, size]``; fewer if the text is short."""
-    count = min(count, len(tokens) // size)
-    return torch.tensor(tokens[: count * size], dtype=torch.long).view(count, size)

@@ -53,6 +53,10 @@ class Policy(ABC):
         """Widths above ``key_bits`` that :meth:`plan` may hand out, rising."""
         return ()
 
+    def promoted_channels(self, kv_heads: int, head_dim: int) -> dict[int, int] | None:
+        """How many channels of a page each promoted width gets, all heads together; None where data decides."""
+        return {}
+
     @abstractmethod
     def plan(self, block: KeyBlock) -> Tensor:
         """Each channel's width: ``[N, Hkv, D]`` uint8, of ``key_bits`` and :attr:`promoted_bits`."""

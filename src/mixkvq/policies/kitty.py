@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mixkvq.config import ConfigError, MixKVQConfig, Preset
 from mixkvq.policies.base import KeyBlock, Policy
-from mixkvq.policies.tiers import promote_top
+from mixkvq.policies.tiers import promote_top, promoted_count
 
 SOURCE = "Kitty, arXiv 2511.18643"
 #: Kitty quantizes a value vector as one group: wider than any head dimension.
@@ -37,6 +37,12 @@ class Kitty(Policy):
     @property
     def promoted_bits(self) -> tuple[int, ...]:
         return (4,)
+
+    def promoted_channels(self, kv_heads: int, head_dim: int) -> dict[int, int] | None:
+        config = self.config
+        assert config.budget is not None
+        count = promoted_count(kv_heads, head_dim, config.key_bits, 4, config.budget, config.budget_scope)
+        return {4: count}
 
     def plan(self, block: KeyBlock) -> Tensor:
         assert self.config.budget is not None

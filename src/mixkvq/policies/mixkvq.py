@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mixkvq.config import ConfigError, MixKVQConfig, Preset
 from mixkvq.policies.base import KeyBlock, Policy
-from mixkvq.policies.tiers import promote_above, promote_top
+from mixkvq.policies.tiers import promote_above, promote_top, promoted_count
 from mixkvq.quant.block import DENSE_BITS
 from mixkvq.quant.salience import sensitivity
 
@@ -44,7 +44,7 @@ class MixKVQ(Policy):
         "paper": Preset(
             "the paper's method; thresholds for 2.3 code bits on SmolLM2-135M, set your model's",
             PAPER,
-            {"tau_bf16": 10.1, "tau_uint4": 3.2},
+            {"tau_bf16": 10.27, "tau_uint4": 3.214},
         ),
         **{
             f"paper-{model}": Preset(
@@ -70,6 +70,13 @@ class MixKVQ(Policy):
     @property
     def promoted_bits(self) -> tuple[int, ...]:
         return (4,) if self.config.budget is not None else (4, DENSE_BITS)
+
+    def promoted_channels(self, kv_heads: int, head_dim: int) -> dict[int, int] | None:
+        config = self.config
+        if config.budget is None:
+            return None
+        count = promoted_count(kv_heads, head_dim, config.key_bits, 4, config.budget, config.budget_scope)
+        return {4: count}
 
     def salience(self, block: KeyBlock) -> Tensor:
         """``A_d [N, Hkv, D]``, or ``S_d`` alone for the ablation without the query."""

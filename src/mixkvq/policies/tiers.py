@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Scope = Literal["layer", "head"]
+
 
 def promote_above(score: Tensor, base_bits: int, thresholds: dict[int, float]) -> Tensor:
     """Give a channel the widest tier whose threshold its score exceeds.
@@ -25,9 +27,7 @@ def promote_above(score: Tensor, base_bits: int, thresholds: dict[int, float]) -
     return bits
 
 
-def promote_top(
-    score: Tensor, base_bits: int, width: int, budget: float, scope: Literal["layer", "head"]
-) -> Tensor:
+def promote_top(score: Tensor, base_bits: int, width: int, budget: float, scope: Scope) -> Tensor:
     """Give the channels with the highest scores ``width`` bits, as many as a mean of ``budget`` bits allows.
 
     Args:
@@ -35,16 +35,21 @@ def promote_top(
         scope: "layer" ranks all channels of a block together, "head" those of each KV head.
 
     Returns:
-        ``[N, Hkv, D]`` uint8; the same number of promoted channels in every block (and head).
+        ``[N, Hkv, D]`` uint8, with :func:`promoted_count` promoted channels in every block.
     """
     ranked = score.flatten(1) if scope == "layer" else score
-    count = promoted_count(ranked.shape[-1], base_bits, width, budget)
-    top = ranked.topk(count, dim=-1).indices
+    top = ranked.topk(_affordable(ranked.shape[-1], base_bits, width, budget), dim=-1).indices
     bits = torch.full_like(ranked, base_bits, dtype=torch.uint8).scatter(-1, top, width)
     return bits.view_as(score)
 
 
-def promoted_count(channels: int, base_bits: int, width: int, budget: float) -> int:
-    """How many of ``channels`` can have ``width`` bits instead of ``base_bits`` at a mean of ``budget``."""
+def promoted_count(kv_heads: int, head_dim: int, base_bits: int, width: int, budget: float, scope: Scope) -> int:
+    """How many channels of a block, all heads together, :func:`promote_top` promotes."""
+    if scope == "layer":
+        return _affordable(kv_heads * head_dim, base_bits, width, budget)
+    return kv_heads * _affordable(head_dim, base_bits, width, budget)
+
+
+def _affordable(channels: int, base_bits: int, width: int, budget: float) -> int:
     # A hair above, so that a budget written in decimals is not a channel short of what it says.
     return int((budget - base_bits) / (width - base_bits) * channels + 1e-6)

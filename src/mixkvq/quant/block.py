@@ -80,6 +80,4 @@ def quantize_values(
     basis = rotate(values) if rotation else values
     grouped = basis.unflatten(3, (groups, -1))
     q = quantize(grouped, min(bits, 8), clip=clip, unbiased=unbiased, param_dtype=param_dtype)
-    return QuantizedValues(
-        codes=q.codes.flatten(3), scale=q.scale.squeeze(-1), zero=q.zero.squeeze(-1), dense=values
-    )
+    return QuantizedValues(codes=q.codes.flatten(3), scale=q.scale.squeeze(-1), zero=q.zero.squeeze(-1), dense=values)

@@ -74,7 +74,10 @@ def pack(plane: Tensor, width: int, dim: int) -> Tensor:
 
 def unpack(words: Tensor, width: int, dim: int) -> Tensor:
     """The inverse of :func:`pack`: int16 words to int16 codes along ``dim`` (negative)."""
-    shifts = torch.arange(0, WORD_BITS, width, dtype=torch.int16, device=words.device)
-    shifts = shifts.view(-1, *[1] * -dim)
-    tiles = (words.unsqueeze(dim - 1) >> shifts) & ((1 << width) - 1)
-    return tiles.flatten(dim - 1, dim)
+    mask = (1 << width) - 1
+    if words.shape[-1] % 2 == 0 and words.stride(-1) == 1:
+        # Two neighbouring words at once: half the elements, and shifts of 32 bits are the faster ones.
+        words, mask = words.view(torch.int32), mask << WORD_BITS | mask
+    shifts = torch.arange(0, WORD_BITS, width, dtype=words.dtype, device=words.device)
+    tiles = words.unsqueeze(dim - 1) >> shifts.view(-1, *[1] * -dim)
+    return tiles.bitwise_and_(mask).view(torch.int16).flatten(dim - 1, dim)

@@ -17,6 +17,7 @@ without gaps, only a page's last chunk has some to spare, so counts may differ f
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,16 +132,17 @@ class PageLayout:
         """Chunks that a page needs for so many channels promoted to a width."""
         return -(-channels // self.lanes(bits))
 
-    def page_bytes(self, promoted: dict[int, int]) -> int:
-        """Bytes of one page and its chunks, with ``promoted`` channels of all heads together, by width."""
-        chunks = sum(self.chunks_for(bits, n) * self.chunks[bits].nbytes for bits, n in promoted.items())
-        return self.page.nbytes + chunks
+    def part_bytes(self, promoted: dict[int, int]) -> Counter[str]:
+        """Bytes of one page and its chunks by part, with ``promoted`` channels of all heads together, by width."""
+        parts = Counter(self.page.part_bytes())
+        for bits, channels in promoted.items():
+            for part, size in self.chunks[bits].part_bytes().items():
+                parts[part] += self.chunks_for(bits, channels) * size
+        return parts
 
     def _key_fields(self) -> list[Field]:
         if self.key_bits == DENSE_BITS:
-            return [
-                Field("keys", "key codes", self.dense_dtype, (self.kv_heads, self.tokens, self.key_dim))
-            ]
+            return [Field("keys", "key codes", self.dense_dtype, (self.kv_heads, self.tokens, self.key_dim))]
         params = (self.kv_heads, self.tokens // self.key_group, self.key_dim)
         planes = [
             Field(
@@ -159,9 +161,7 @@ class PageLayout:
 
     def _value_fields(self) -> list[Field]:
         if self.value_bits == DENSE_BITS:
-            return [
-                Field("values", "value codes", self.dense_dtype, (self.kv_heads, self.tokens, self.value_dim))
-            ]
+            return [Field("values", "value codes", self.dense_dtype, (self.kv_heads, self.tokens, self.value_dim))]
         params = (self.kv_heads, self.value_groups, self.tokens)
         planes = [
             Field(

@@ -100,9 +100,7 @@ class PagedStore:
         self.lengths = [length + 1 for length in self.lengths]
         full = [row for row, slot in enumerate(slots) if slot == self.sinks + self.layout.tokens - 1]
         if full:
-            yield FullBlocks(
-                self.dense_keys[full, :, self.sinks :], self.dense_values[full, :, self.sinks :], full
-            )
+            yield FullBlocks(self.dense_keys[full, :, self.sinks :], self.dense_values[full, :, self.sinks :], full)
 
     def _append_many(self, row: int, keys: Tensor, values: Tensor) -> Iterator[FullBlocks]:
         length, size = self.lengths[row], self.layout.tokens
@@ -324,9 +322,7 @@ class PagedStore:
         report.key_code_bits = report.packed_keys * self._code_bits(layout.key_bits)
         report.value_code_bits = report.packed_values * self._code_bits(layout.value_bits)
         for bits in self.chunks:
-            report.key_code_bits += self._promoted(bits) * layout.tokens * (
-                bits - self._code_bits(layout.key_bits)
-            )
+            report.key_code_bits += self._promoted(bits) * layout.tokens * (bits - self._code_bits(layout.key_bits))
         return report
 
     def tensors(self) -> list[Tensor]:
@@ -343,5 +339,3 @@ class PagedStore:
         live = [page for page, count in enumerate(self.pages.references) if count]
         last = self.pages.fields()[f"first_lane_{bits}"][live, -1]
         return int(last.sum(dtype=torch.int64)) if live else 0
-
-

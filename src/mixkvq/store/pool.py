@@ -25,6 +25,11 @@ class RecordPool:
     def capacity(self) -> int:
         return self.data.shape[0]
 
+    @property
+    def used(self) -> int:
+        """Records that somebody refers to."""
+        raise NotImplementedError
+
     def fields(self) -> dict[str, Tensor]:
         """Views ``[capacity, *shape]`` of every field."""
         return self.record.views(self.data)
@@ -39,9 +44,7 @@ class RecordPool:
     def grow(self, needed: int) -> None:
         """Make room for ``needed`` records, the first ones kept."""
         if needed > self.capacity:
-            data = torch.empty(
-                needed + needed // 32, self.record.nbytes, dtype=torch.uint8, device=self.data.device
-            )
+            data = torch.empty(needed + needed // 32, self.record.nbytes, dtype=torch.uint8, device=self.data.device)
             data[: self.capacity] = self.data
             self.data = data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -120,9 +121,7 @@ class PackedPages:
             wanted = fields[f"run_{bits}"][:, :1] + torch.arange(most, device=pool.data.device)
             # A page with fewer chunks than the most reads somebody else's, and `head` leaves them out.
             data = pool.data[wanted.clamp_(max=pool.top - 1).flatten()]
-        views = {
-            name: view.unflatten(0, (len(numbers), most)) for name, view in pool.record.views(data).items()
-        }
+        views = {name: view.unflatten(0, (len(numbers), most)) for name, view in pool.record.views(data).items()}
         lane = torch.arange(most * self.layout.lanes(bits), device=pool.data.device)[:, None]
         first = fields[f"first_lane_{bits}"][:, None, :]
         head = (lane >= first[..., :-1]) & (lane < first[..., 1:])
@@ -130,8 +129,6 @@ class PackedPages:
 
 
 def _rows(data: Tensor, numbers: Sequence[int], index: Tensor) -> Tensor:
-    if numbers[-1] - numbers[0] == len(numbers) - 1 and all(
-        b - a == 1 for a, b in zip(numbers, numbers[1:], strict=False)
-    ):
+    if numbers[-1] - numbers[0] == len(numbers) - 1 and all(b - a == 1 for a, b in itertools.pairwise(numbers)):
         return data[numbers[0] : numbers[-1] + 1]
     return data[index]

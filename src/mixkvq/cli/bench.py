@@ -1,0 +1,77 @@
+"""``mixkvq bench``: what a cache costs in time and bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress, TaskID
+
+from mixkvq.bench.decode import bench_decode
+from mixkvq.bench.environment import environment
+from mixkvq.cli.common import (
+    CacheHelp,
+    DeviceOption,
+    InputError,
+    ModelOption,
+    TextOption,
+    check_writable,
+    clean_exit,
+    load_model,
+    output,
+    parse_caches,
+    parse_dtype,
+    progress,
+    write_json,
+)
+from mixkvq.evaluate.texts import windows
+from mixkvq.models import DEFAULT_MODEL, context_length
+from mixkvq.report.tables import decode_table
+
+bench = typer.Typer(help="Measure time and bytes.", no_args_is_help=True)
+
+
+@bench.callback()
+def _group() -> None:
+    pass
+
+
+@bench.command()
+def decode(
+    context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache.  [default: 1024 4096]")] = None,
+    cache: Annotated[list[str] | None, typer.Option(help=f"{CacheHelp}  [default: default]")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="[default: bfloat16 float32]")] = None,
+    steps: Annotated[int, typer.Option(help="Timed steps.")] = 20,
+    text: TextOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+) -> None:
+    """Time one decode step against the stock cache, in turn in one run, and count the bytes that are held."""
+    with clean_exit():
+        check_writable(json_file)
+        contexts, configs = sorted(context or [1024, 4096]), parse_caches(cache or ["default"])
+        if steps < 1:
+            raise InputError(f"--steps {steps}: time at least one.")
+        rows = []
+        for name in dtype or ["bfloat16", "float32"]:
+            network, tokenizer = load_model(model, parse_dtype(name), device)
+            limit = context_length(network)
+            if limit is not None and contexts[-1] > limit:
+                raise InputError(f"--context {contexts[-1]} is longer than the model's context of {limit} tokens.")
+            if contexts[0] < 2 * steps:
+                raise InputError(f"--context {contexts[0]} is too short to time {steps} steps at its end.")
+            longest = windows(tokenizer, text[:1] if text else [None], contexts[-1], 1)[0]
+            with progress() as bar:
+                task = bar.add_task(name, total=None)
+
+                def note(what: str, bar: Progress = bar, task: TaskID = task) -> None:
+                    bar.update(task, description=what)
+
+                for length in contexts:
+                    rows += bench_decode(network, longest[:length], configs, steps, advance=note)
+        output.print(decode_table(rows))
+        about = {"model": model or DEFAULT_MODEL, **environment()}
+        write_json(json_file, [{**dataclasses.asdict(row), **about} for row in rows])

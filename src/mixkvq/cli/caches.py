@@ -1,0 +1,15 @@
+"""``mixkvq caches``: the presets."""
+
+from __future__ import annotations
+
+from mixkvq.cli.common import output
+from mixkvq.report.tables import presets_table
+
+
+def caches() -> None:
+    """List the caches: what each is, its source, its bits."""
+    output.print(presets_table())
+    output.print(
+        "Any field can be overridden: --cache default:budget=3 or paper:tau_bf16=1.44,tau_uint4=0.79. "
+        "'from' marks thresholds: what they promote depends on the model and the text."
+    )

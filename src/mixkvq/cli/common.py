@@ -1,0 +1,119 @@
+"""What the commands share: options, loading with a progress line, errors without a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mixkvq.adapters.transformers import UnsupportedModelError
+from mixkvq.config import ConfigError, MixKVQConfig
+from mixkvq.evaluate.texts import TextError
+from mixkvq.models import DEFAULT_MODEL, ModelError, load
+
+#: Results go to standard output, everything else here.
+notes = Console(file=sys.stderr)
+output = Console()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help=f"A name on the Hugging Face hub, or a folder.  [default: {DEFAULT_MODEL}]"),
+]
+CacheHelp = "A preset (see `mixkvq caches`), with overrides if you like: paper:tau_bf16=10.1,tau_uint4=3.2"
+TextOption = Annotated[
+    list[Path] | None,
+    typer.Option("--text", help="A text file; may be repeated.  [default: Python's language reference]"),
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="For example cuda or cpu.")]
+
+
+class InputError(ValueError):
+    """An argument that cannot be served."""
+
+
+@contextmanager
+def clean_exit() -> Iterator[None]:
+    """One line instead of a traceback for what a user can mend; exit 130 on Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        notes.print("Interrupted; nothing was written.")
+        raise typer.Exit(130) from None
+    except (ConfigError, InputError, ModelError, TextError, UnsupportedModelError) as error:
+        notes.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True, markup=True)
+        raise typer.Exit(2) from None
+
+
+def parse_caches(names: Sequence[str]) -> dict[str, MixKVQConfig]:
+    """Configurations by what the user typed, repeats dropped."""
+    return {name: MixKVQConfig.parse(name) for name in names}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """A type by name, or an error that lists them."""
+    if name not in DTYPES:
+        raise InputError(f"There is no type '{name}'. Known: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def load_model(
+    name: str | None, dtype: torch.dtype, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model while a spinner says so."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # The spinner keeps the real standard error; what libraries write there while loading would tear it apart.
+    with notes.status(f"Loading {name or DEFAULT_MODEL} …"), contextlib.redirect_stderr(io.StringIO()):
+        return load(name, dtype=dtype, device=device)
+
+
+def progress() -> Progress:
+    """A progress bar with times, on standard error; it vanishes when done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=notes,
+        transient=True,
+    )
+
+
+def check_writable(path: Path | None) -> None:
+    """Complain about a result file that cannot be written before the work, not after it."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise InputError(f"Cannot write '{path}': there is no folder '{path.resolve().parent}'.")
+
+
+def write_json(path: Path | None, rows: Any) -> None:
+    """Write results, if a file was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(rows, indent=2) + "\n")
+        notes.print(f"Wrote {path}")
+
+
+def print_json(data: Any) -> None:
+    """Results alone on standard output."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")

@@ -1,0 +1,71 @@
+"""``mixkvq fidelity``: what a cache costs in quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixkvq.bench.environment import environment
+from mixkvq.cli.common import (
+    CacheHelp,
+    DeviceOption,
+    InputError,
+    ModelOption,
+    TextOption,
+    check_writable,
+    clean_exit,
+    load_model,
+    output,
+    parse_caches,
+    parse_dtype,
+    progress,
+    write_json,
+)
+from mixkvq.evaluate import fidelity as measure
+from mixkvq.evaluate.texts import BUILT_IN, windows
+from mixkvq.models import DEFAULT_MODEL, context_length
+from mixkvq.report.tables import fidelity_table
+
+CACHES = ["kivi-2", "paper", "default", "kivi-4"]
+
+
+def fidelity(
+    cache: Annotated[list[str] | None, typer.Option(help=f"{CacheHelp}  [default: {' '.join(CACHES)}]")] = None,
+    text: TextOption = None,
+    window: Annotated[int, typer.Option(help="Tokens that are read from an empty cache.")] = 2048,
+    count: Annotated[int, typer.Option("--windows", help="Windows of each text.")] = 4,
+    model: ModelOption = None,
+    dtype: Annotated[str, typer.Option(help="The model's type; float32 keeps its own rounding out.")] = "float32",
+    device: DeviceOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+) -> None:
+    """Compare caches with full precision on text: perplexity, KL, top-1 agreement, bits, bytes."""
+    with clean_exit():
+        check_writable(json_file)
+        configs = parse_caches(cache or CACHES)
+        if window < 2 * measure.WARM_UP or count < 1:
+            raise InputError(
+                f"--window {window} --windows {count}: take windows of at least {2 * measure.WARM_UP} tokens (the "
+                f"first {measure.WARM_UP} are not scored), and at least one."
+            )
+        network, tokenizer = load_model(model, parse_dtype(dtype), device)
+        limit = context_length(network)
+        if limit is not None and window > limit:
+            raise InputError(f"--window {window} is longer than the model's context of {limit} tokens.")
+        tokens = windows(tokenizer, text or [None], window, count)
+        with progress() as bar:
+            task = bar.add_task("reading", total=len(tokens) * (len(configs) + 1))
+            rows = measure.fidelity(
+                network, tokens, configs, lambda name: bar.update(task, advance=1, description=f"read {name}")
+            )
+        output.print(fidelity_table(rows))
+        about = {
+            "model": model or DEFAULT_MODEL,
+            "dtype": dtype,
+            "text": [path.name for path in text] if text else [BUILT_IN],
+            "window": window,
+            **environment(),
+        }
+        write_json(json_file, [{**row.as_dict(), **about} for row in rows])

@@ -1,0 +1,101 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from mixkvq.bench.decode import DecodeRow
+from mixkvq.cache import expected_bits
+from mixkvq.config import MixKVQConfig, all_presets
+from mixkvq.evaluate.fidelity import Fidelity
+from mixkvq.store import MemoryReport
+
+
+def size(count: float) -> str:
+    """Bytes for people: 13.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(columns[0], overflow="fold")
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def fidelity_table(rows: Sequence[Fidelity]) -> Table:
+    """Rows by rising honest bits; bits are "codes / honest"."""
+    reference = rows[0].reference_perplexity
+    title = f"Fidelity over {rows[0].tokens:,} tokens; full precision has perplexity {reference:.3f}"
+    table = _table(title, "cache", "key bits", "value bits", "bits", "held", "perplexity", "KL", "top-1")
+    for row in rows:
+        table.add_row(
+            row.cache,
+            f"{row.key_bits_codes:.2f} / {row.key_bits:.2f}",
+            f"{row.value_bits_codes:.2f} / {row.value_bits:.2f}",
+            f"{row.bits:.2f}",
+            size(row.bytes_held),
+            f"{row.perplexity:.3f}",
+            f"{row.kl:.4f}",
+            f"{row.top1_agreement:.1%}",
+        )
+    return table
+
+
+def decode_table(rows: Sequence[DecodeRow]) -> Table:
+    """One decode step of every cache at every context."""
+    table = _table(
+        "One decode step of the whole model",
+        "cache",
+        "type",
+        "context",
+        "step",
+        "of stock",
+        "held",
+        "smaller than 16 bit",
+    )
+    for row in rows:
+        table.add_row(
+            row.cache,
+            row.dtype,
+            f"{row.context:,}",
+            f"{row.step_ms:.1f} ms",
+            f"{row.time_ratio:.2f}x",
+            size(row.bytes_held),
+            f"{row.bytes_ratio:.2f}x",
+        )
+    return table
+
+
+def memory_table(report: MemoryReport) -> Table:
+    """Where the bytes are."""
+    table = _table("Bytes of the cache", "part", "bytes", "share")
+    for part, held in sorted(report.parts.items(), key=lambda item: -item[1]):
+        if held:
+            table.add_row(part, size(held), f"{held / report.total:.0%}")
+    table.add_section()
+    table.add_row("all", size(report.total), "")
+    table.add_row("BF16 cache of the same tokens", size(report.bf16), "")
+    return table
+
+
+def presets_table(kv_heads: int = 8, head_dim: int = 128) -> Table:
+    """The presets, with the bits that they take in a model of the given shape."""
+    table = _table(
+        f"Caches; bits per element at {kv_heads} KV heads of dimension {head_dim}",
+        "name", "keys", "values", "what it is", "source",
+    )  # fmt: skip
+    for column in table.columns[3:]:
+        column.justify = "left"
+    for name, preset in all_presets().items():
+        keys, values, final = expected_bits(MixKVQConfig.preset(name), kv_heads, head_dim)
+        floor = "" if final else "from "
+        table.add_row(name, f"{floor}{keys:.2f}", f"{values:.2f}", preset.summary, preset.source)
+    return table

@@ -1,0 +1,47 @@
+"""Random tensors and tiny models of the real classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mixkvq import MixKVQConfig, all_presets
+from mixkvq.cache import LayerCache, Step
+from mixkvq.policies import policy_class
+
+#: Every preset, and overrides that reach what no preset does: both thresholds crossed, odd widths, small blocks.
+CONFIGS = [
+    *(name for name in all_presets() if not name.startswith("paper-")),
+    "paper:tau_bf16=2.2,tau_uint4=1.2",
+    "paper:salience=error,tau_bf16=2.2,tau_uint4=1.5,residual_length=32",
+    "kivi-2:key_bits=3,value_bits=3",
+    "kivi-2:key_bits=8,value_bits=8,residual_length=64,key_group=16",
+    "default:budget=3.2,value_bits=4,residual_length=256,scale_dtype=bfloat16",
+    "default:budget_scope=head,value_group=24",
+]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> MixKVQConfig:
+    """Every configuration that a matrix test runs over."""
+    return MixKVQConfig.parse(request.param)
+
+
+def random_step(
+    batch: int, length: int, heads: int = 4, kv_heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32
+) -> Step:
+    """Random queries, keys and values; channels differ in scale and offset, as real ones do."""
+    spread = torch.logspace(-1, 0.7, dim)[torch.randperm(dim)]
+    keys = torch.randn(batch, kv_heads, length, dim) * spread + torch.randn(dim)
+    query, values = torch.randn(batch, heads, length, dim), torch.randn(batch, kv_heads, length, dim)
+    return Step(query.to(dtype), keys.to(dtype), values.to(dtype))
+
+
+def layer_cache(config: MixKVQConfig, step: Step) -> LayerCache:
+    """An empty cache of one layer for steps of that shape."""
+    return LayerCache(config, policy_class(config.policy)(config), step)
