@@ -61,7 +61,7 @@ def test_contradictions_are_refused(text: str, message: str):
 
 
 def test_unknown_fields_in_python_and_json():
-    with pytest.raises(ConfigError, match="no field 'bugdet'. Did you mean 'budget'"):
+    with pytest.raises(ConfigError, match=r"no field 'bugdet'\. Did you mean 'budget'"):
         MixKVQConfig.preset("default", bugdet=3)
     with pytest.raises(ConfigError, match="no field 'colour'"):
         MixKVQConfig.from_json('{"policy": "kivi", "colour": 1}')

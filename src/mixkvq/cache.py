@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from mixkvq.quant.rotation import rotate
 from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store import MemoryReport, PagedStore, PageLayout
 from mixkvq.store.paged import FullBlocks
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Numbers that are quantized at once when a long prompt is flushed, to bound memory.
 MAX_QUANTIZED = 1 << 23
@@ -82,6 +86,11 @@ def expected_bits(
     return page.key_bits, page.value_bits, promoted is not None
 
 
+def _ordinary_tensors(method: Callable[P, T]) -> Callable[P, T]:
+    """Run without gradients and outside inference mode, whose tensors could not be written to after it has ended."""
+    return torch.no_grad()(torch.inference_mode(False)(method))
+
+
 class LayerCache:
     """Keys and values of one attention layer, and attention over them.
 
@@ -91,6 +100,7 @@ class LayerCache:
         like: the first step, for shapes, type and device.
     """
 
+    @_ordinary_tensors
     def __init__(self, config: MixKVQConfig, policy: Policy, like: Step) -> None:
         self.config = config
         self.policy = policy
@@ -105,7 +115,7 @@ class LayerCache:
         """Whether values are stored rotated."""
         return self.config.value_rotation == "hadamard"
 
-    @torch.no_grad()
+    @_ordinary_tensors
     def append(self, step: Step) -> None:
         """Store new tokens, and quantize the blocks that they complete."""
         if self.statistics is not None:
@@ -199,12 +209,14 @@ class LayerCache:
         seen = torch.cat([past, visible.expand(batch, -1, -1)], 2)[:, None, None]
         return dense_attention(query, keys, values, seen, softcap)
 
+    @_ordinary_tensors
     def select(self, rows: Sequence[int]) -> None:
         """Keep the given batch rows, in that order, repeats allowed."""
         self.store.select(rows)
         if self.statistics is not None:
             self.statistics.select(torch.tensor(list(rows), device=self.store.device))
 
+    @_ordinary_tensors
     def crop(self, removed: Sequence[int]) -> None:
         """Remove the last ``removed[b]`` tokens of every sequence.
 

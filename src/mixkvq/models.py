@@ -58,6 +58,13 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(name, **source, **weights)
     except (OSError, ValueError) as error:
         raise ModelError(f"Could not load '{name}': {error}") from error
+    except KeyError as error:
+        if error.args != (NAME,):
+            raise
+        # Older model files look attention up in a table of their own.
+        raise ModelError(
+            f"'{name}' does not go through transformers' attention interface, so its cache cannot be quantized."
+        ) from error
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import layer_cache, random_step
 
+from conftest import layer_cache, random_step
 from mixkvq import MixKVQConfig
 from mixkvq.cache import LayerCache, Step
 from mixkvq.kernels import packed, partial

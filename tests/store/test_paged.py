@@ -1,8 +1,8 @@
 """Pages, residual, sinks and block table: who holds what, and for how long."""
 
 import torch
-from conftest import layer_cache, random_step
 
+from conftest import layer_cache, random_step
 from mixkvq import MixKVQConfig
 from mixkvq.cache import LayerCache, Step
 from mixkvq.kernels.reference import dequantize_pages

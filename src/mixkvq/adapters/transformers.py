@@ -28,6 +28,9 @@ from mixkvq.store import MemoryReport
 #: ``attn_implementation`` of a model that is to use the cache.
 NAME = "mixkvq"
 
+#: Additive masks hide a token with this or less: the largest number that is in use for it.
+HIDDEN = -1e4
+
 logger = logging.get_logger(__name__)
 
 
@@ -347,7 +350,8 @@ class ExpectedShape:
 
     def __init__(self, config: PreTrainedConfig) -> None:
         heads = getattr(config, "num_attention_heads", None)
-        self.kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        # Some models without grouped queries carry a number of key/value heads that they do not use.
+        self.heads = {n for n in (getattr(config, "num_key_value_heads", None), heads) if isinstance(n, int)}
         self.head_dim = getattr(config, "head_dim", None)
         if self.head_dim is None and isinstance(heads, int) and hasattr(config, "hidden_size"):
             self.head_dim = config.hidden_size // heads
@@ -356,13 +360,13 @@ class ExpectedShape:
     def check(self, keys: Tensor) -> None:
         """Raise a ``ValueError`` unless keys ``[B, Hkv, L, D]`` are that model's, or a tensor-parallel share."""
         _, heads, _, dim = keys.shape
-        right_heads = not isinstance(self.kv_heads, int) or self.kv_heads % heads == 0
+        right_heads = not self.heads or any(n % heads == 0 for n in self.heads)
         right_dim = not isinstance(self.head_dim, int) or self.head_dim == dim
         if not (right_heads and right_dim):
             raise ValueError(
-                f"This cache was built for a {self.model_type} model with {self.kv_heads} key/value heads of dimension "
-                f"{self.head_dim}, and was given keys of {heads} heads of dimension {dim}. Build it from this model's "
-                "config: MixKVQCache(model.config, ...)."
+                f"This cache was built for a {self.model_type} model with {min(self.heads)} key/value heads of "
+                f"dimension {self.head_dim}, and was given keys of {heads} heads of dimension {dim}. "
+                "Build it from this model's config: MixKVQCache(model.config, ...)."
             )
 
 
@@ -400,7 +404,7 @@ class MaskReader:
 def _to_bool(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
-    shown, hidden = mask == 0, mask <= torch.finfo(mask.dtype).min / 2
+    shown, hidden = mask == 0, mask <= HIDDEN
     if not bool((shown | hidden).all()):
         raise UnsupportedModelError("The packed cache does not take attention biases, only masks of 0 and -infinity.")
     return shown
