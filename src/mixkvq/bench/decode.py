@@ -16,6 +16,8 @@ from mixkvq.config import MixKVQConfig
 from mixkvq.models import attention
 
 STOCK = "stock"
+#: Untimed steps before the timed ones.
+WARM_UP = 4
 
 
 @dataclass(frozen=True)
@@ -47,23 +49,21 @@ def bench_decode(
     tokens: Tensor,
     caches: Mapping[str, MixKVQConfig],
     steps: int = 20,
-    warm_up: int = 4,
     advance: Callable[[str], None] = lambda _: None,
 ) -> list[DecodeRow]:
     """Fill caches with the same tokens, then time decode steps of all of them in turn.
 
     Args:
-        model: loaded with ``attn_implementation="mixkvq"``.
+        model: any that :class:`MixKVQCache` supports.
         tokens: ``[T]``, the context; the timed steps are its last tokens.
         caches: configurations by the name to report.
         steps: timed steps of each cache.
-        warm_up: untimed steps before them.
         advance: called with what was just done.
     """
     tokens = tokens.to(model.device)
-    prompt = len(tokens) - steps - warm_up
+    prompt = len(tokens) - steps - WARM_UP
     if prompt < 1:
-        raise ValueError(f"A context of {len(tokens)} tokens leaves no prompt before {steps + warm_up} steps.")
+        raise ValueError(f"A context of {len(tokens)} tokens leaves no prompt before {steps + WARM_UP} steps.")
     runs: dict[str, Cache] = {STOCK: DynamicCache(config=model.config)}
     runs.update({name: MixKVQCache(model.config, config) for name, config in caches.items()})
     for name, cache in runs.items():
@@ -74,7 +74,7 @@ def bench_decode(
         for name, cache in runs.items():
             times[name].append(_step(model, name, cache, tokens[i : i + 1]))
         advance(f"{len(tokens):,} tokens: steps")
-    times = {name: all_times[warm_up:] for name, all_times in times.items()}
+    times = {name: all_times[WARM_UP:] for name, all_times in times.items()}
     bf16 = _stock_elements(runs[STOCK]) * 2
     rows = []
     for name, cache in runs.items():

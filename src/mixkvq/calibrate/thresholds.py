@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mixkvq.adapters.transformers import MixKVQCache
+from mixkvq.adapters.transformers import NAME, MixKVQCache
 from mixkvq.config import ConfigError, MixKVQConfig
 from mixkvq.evaluate.fidelity import appends
+from mixkvq.models import attention
 from mixkvq.policies import KeyBlock
 from mixkvq.policies.bf16 import BF16
 from mixkvq.policies.mixkvq import MixKVQ
@@ -62,7 +63,7 @@ def thresholds_for_bits(
     """Thresholds at which the ``paper`` preset spends ``bits`` code bits on a key channel.
 
     Args:
-        model: loaded with ``attn_implementation="mixkvq"``.
+        model: any that :class:`MixKVQCache` supports.
         windows: ``[N, W]`` tokens of calibration text.
         bits: mean code bits wanted.
         bf16_share: share of channels to leave in BF16; UINT4 takes the rest of the bits.
@@ -76,11 +77,12 @@ def thresholds_for_bits(
         )
     config = MixKVQConfig.preset("paper")
     recorder = SalienceRecorder(config)
-    for window in windows.to(model.device):
-        cache = MixKVQCache(model.config, recorder.config, policy=recorder)
-        for start, stop in appends(len(window), config):
-            model(window[None, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        advance()
+    with attention(model, NAME):
+        for window in windows.to(model.device):
+            cache = MixKVQCache(model.config, recorder.config, policy=recorder)
+            for start, stop in appends(len(window), config):
+                model(window[None, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            advance()
     ranked = torch.cat(recorder.saliences).sort(descending=True).values
     first, second = (int(share * len(ranked)) for share in (bf16_share, bf16_share + uint4_share))
     return Thresholds(ranked[first].item(), ranked[second].item(), first / len(ranked), (second - first) / len(ranked))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, TaskID
 
-from mixkvq.bench.decode import bench_decode
+from mixkvq.bench.decode import WARM_UP, bench_decode
 from mixkvq.bench.environment import environment
 from mixkvq.cli.common import (
     CacheHelp,
@@ -61,7 +61,7 @@ def decode(
             limit = context_length(network)
             if limit is not None and contexts[-1] > limit:
                 raise InputError(f"--context {contexts[-1]} is longer than the model's context of {limit} tokens.")
-            if contexts[0] < 2 * steps:
+            if contexts[0] <= steps + WARM_UP:
                 raise InputError(f"--context {contexts[0]} is too short to time {steps} steps at its end.")
             longest = windows(tokenizer, text[:1] if text else [None], contexts[-1], 1)[0]
             with progress() as bar:

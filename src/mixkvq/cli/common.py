@@ -15,6 +15,7 @@ import torch
 import transformers
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -31,7 +32,7 @@ from mixkvq.evaluate.texts import TextError
 from mixkvq.models import DEFAULT_MODEL, ModelError, load
 
 #: Results go to standard output, everything else here.
-notes = Console(file=sys.stderr)
+notes = Console(stderr=True)
 output = Console()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,7 +62,7 @@ def clean_exit() -> Iterator[None]:
         notes.print("Interrupted; nothing was written.")
         raise typer.Exit(130) from None
     except (ConfigError, InputError, ModelError, TextError, UnsupportedModelError) as error:
-        notes.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True, markup=True)
+        notes.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 
@@ -84,7 +85,8 @@ def load_model(
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     # The spinner keeps the real standard error; what libraries write there while loading would tear it apart.
-    with notes.status(f"Loading {name or DEFAULT_MODEL} …"), contextlib.redirect_stderr(io.StringIO()):
+    spinner = Console(file=sys.stderr)
+    with spinner.status(f"Loading {name or DEFAULT_MODEL} …"), contextlib.redirect_stderr(io.StringIO()):
         return load(name, dtype=dtype, device=device)
 
 

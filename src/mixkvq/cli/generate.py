@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -66,7 +67,7 @@ def generate(
             notes.print(f"The model's context leaves room for {max_new_tokens:,} new tokens.")
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         if not as_json:
-            notes.print(f"[dim]{question.strip()[:400]}[/dim]\n", highlight=False)
+            notes.print(question.strip()[:400] + "\n", style="dim", markup=False, highlight=False)
         packed = MixKVQCache(network.config, config)
         ours = generate_text(network, tokenizer, ids, packed, stream=not as_json, **options)
         stock = None
@@ -113,7 +114,8 @@ def _print_difference(tokenizer: PreTrainedTokenizerBase, ours: Generation, stoc
     before = tokenizer.decode(ours.tokens[max(0, same - 12) : same])
     for name, run in (("quantized", ours), ("BF16", stock)):
         after = tokenizer.decode(run.tokens[same : same + 24])
-        output.print(f"  {name:>9}: …{before}[bold]▸{after}[/bold]…".replace("\n", " "), highlight=False)
+        line = f"  {name:>9}: …{escape(before)}[bold]▸{escape(after)}[/bold]…"
+        output.print(line.replace("\n", " "), highlight=False)
 
 
 def _as_dict(name: str, cache: MixKVQCache, ours: Generation, stock: Generation | None) -> dict[str, Any]:

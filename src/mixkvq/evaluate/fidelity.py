@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mixkvq.adapters.transformers import MixKVQCache
+from mixkvq.adapters.transformers import NAME, MixKVQCache
 from mixkvq.config import MixKVQConfig
 from mixkvq.models import attention
 from mixkvq.store import MemoryReport
@@ -102,7 +102,7 @@ def fidelity(
     """Compare caches with full precision on windows of text.
 
     Args:
-        model: loaded with ``attn_implementation="mixkvq"``.
+        model: any that :class:`MixKVQCache` supports; its attention implementation is switched while measuring.
         windows: ``[N, W]`` token numbers; every window is read from an empty cache.
         caches: configurations by the name to report.
         advance: called with a name after each cache (and ``"reference"``) has read a window.
@@ -114,9 +114,10 @@ def fidelity(
     for window in windows.to(model.device):
         reference = reference_log_probs(model, window)
         advance("reference")
-        for name, config in caches.items():
-            _read_window(model, window, reference, config, tallies[name])
-            advance(name)
+        with attention(model, NAME):
+            for name, config in caches.items():
+                _read_window(model, window, reference, config, tallies[name])
+                advance(name)
     return sorted((tally.row(name) for name, tally in tallies.items()), key=lambda row: row.bits)
 
 
