@@ -114,7 +114,7 @@ def _print_difference(tokenizer: PreTrainedTokenizerBase, ours: Generation, stoc
     before = tokenizer.decode(ours.tokens[max(0, same - 12) : same])
     for name, run in (("quantized", ours), ("BF16", stock)):
         after = tokenizer.decode(run.tokens[same : same + 24])
-        line = f"  {name:>9}: …{escape(before)}[bold]▸{escape(after)}[/bold]…"
+        line = f"  {name:>9}: …{escape(str(before))}[bold]▸{escape(str(after))}[/bold]…"
         output.print(line.replace("\n", " "), highlight=False)
 
 

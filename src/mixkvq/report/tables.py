@@ -24,26 +24,26 @@ def size(count: float) -> str:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column(columns[0], overflow="fold")
+    table.add_column(columns[0], overflow="fold", min_width=9)
     for column in columns[1:]:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
 def fidelity_table(rows: Sequence[Fidelity]) -> Table:
-    """Rows by rising honest bits; bits are "codes / honest"."""
+    """Rows by rising honest bits; key and value bits are codes / honest."""
     reference = rows[0].reference_perplexity
     title = f"Fidelity over {rows[0].tokens:,} tokens; full precision has perplexity {reference:.3f}"
-    table = _table(title, "cache", "key bits", "value bits", "bits", "held", "perplexity", "KL", "top-1")
+    table = _table(title, "cache", "key bits", "values", "bits", "held", "perpl.", "KL", "top-1")
     for row in rows:
         table.add_row(
             row.cache,
-            f"{row.key_bits_codes:.2f} / {row.key_bits:.2f}",
-            f"{row.value_bits_codes:.2f} / {row.value_bits:.2f}",
+            f"{row.key_bits_codes:.2f}/{row.key_bits:.2f}",
+            f"{row.value_bits_codes:.2f}/{row.value_bits:.2f}",
             f"{row.bits:.2f}",
             size(row.bytes_held),
             f"{row.perplexity:.3f}",
-            f"{row.kl:.4f}",
+            f"{max(row.kl, 0):.4f}",
             f"{row.top1_agreement:.1%}",
         )
     return table
@@ -52,14 +52,14 @@ def fidelity_table(rows: Sequence[Fidelity]) -> Table:
 def decode_table(rows: Sequence[DecodeRow]) -> Table:
     """One decode step of every cache at every context."""
     table = _table(
-        "One decode step of the whole model",
+        "One decode step of the whole model; sizes against 16 bits",
         "cache",
         "type",
         "context",
         "step",
         "of stock",
         "held",
-        "smaller than 16 bit",
+        "smaller",
     )
     for row in rows:
         table.add_row(
@@ -93,7 +93,7 @@ def presets_table(kv_heads: int = 8, head_dim: int = 128) -> Table:
         "name", "keys", "values", "what it is", "source",
     )  # fmt: skip
     for column in table.columns[3:]:
-        column.justify = "left"
+        column.justify, column.no_wrap = "left", False
     for name, preset in all_presets().items():
         keys, values, final = expected_bits(MixKVQConfig.preset(name), kv_heads, head_dim)
         floor = "" if final else "from "
