@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +204,7 @@ def test_missing_packages_name_what_to_install(monkeypatch: pytest.MonkeyPatch):
 
     from mixkvq import models
 
+    monkeypatch.setattr(models, "distribution", lambda _: SimpleNamespace(files=[]))
     monkeypatch.setattr(models, "is_gguf_available", lambda: False)
     assert 'pip install "mixkvq[demo]"' in complaint("generate", "hi")
 

@@ -92,6 +92,7 @@ def presets_table(kv_heads: int = 8, head_dim: int = 128) -> Table:
         f"Caches; bits per element at {kv_heads} KV heads of dimension {head_dim}",
         "name", "keys", "values", "what it is", "source",
     )  # fmt: skip
+    table.columns[0].no_wrap = True
     for column in table.columns[3:]:
         column.justify, column.no_wrap = "left", False
     for name, preset in all_presets().items():
