@@ -75,7 +75,7 @@ def test_another_batch_size(model):
 
 def test_a_stock_cache_is_warned_about_once(model, caplog):
     tf.utils.logging.get_logger("mixkvq").propagate = True
-    logger = logging.getLogger("mixkvq.adapters.transformers")
+    logger = logging.getLogger("mixkvq.adapters.transformers.attention")
     logger.addHandler(caplog.handler)
     try:
         with torch.inference_mode(), attention(model, "mixkvq"):
@@ -93,7 +93,7 @@ def test_a_stock_cache_is_warned_about_once(model, caplog):
 @pytest.mark.parametrize("architecture", ["gemma3", "gpt-oss"])
 def test_sliding_layers_are_not_warned_about(architecture: str, caplog):
     hybrid = tiny_model(architecture)
-    logger = logging.getLogger("mixkvq.adapters.transformers")
+    logger = logging.getLogger("mixkvq.adapters.transformers.attention")
     logger.addHandler(caplog.handler)
     try:
         with torch.inference_mode(), attention(hybrid, "mixkvq"):

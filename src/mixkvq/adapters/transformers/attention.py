@@ -1,0 +1,93 @@
+"""The attention function, and its registration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
+
+from mixkvq.adapters.transformers.layer import KVHandle
+from mixkvq.adapters.transformers.masks import to_bool
+from mixkvq.adapters.transformers.support import UnsupportedModelError
+from mixkvq.kernels.partial import dense_attention, merge
+
+#: ``attn_implementation`` of a model that is to use the cache.
+NAME = "mixkvq"
+
+logger = logging.get_logger(__name__)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | KVHandle,
+    value: Tensor | KVHandle,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``attn_implementation="mixkvq"``: packed attention for handles, the library's own for plain tensors.
+
+    Args:
+        module: the attention module.
+        query: ``[B, Hq, L, D]`` after RoPE.
+        key, value: handles of a :class:`MixKVQLayer`, or tensors ``[B, Hkv, T, D]``.
+        attention_mask: from :func:`transformers.masking_utils.sdpa_mask`.
+        scaling: factor of the logits; ``D ** -0.5`` if None.
+        softcap: soft cap of the logits (Gemma 2).
+        s_aux: ``[Hq]`` attention sink logits (GPT-OSS).
+
+    Returns:
+        ``[B, L, Hq, D]``, and None: attention weights are not available.
+    """
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError("The packed cache does not take attention biases (position_bias).")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    if isinstance(key, KVHandle):
+        output = key.layer.attend(module, query, attention_mask, scaling, softcap=softcap, sinks=s_aux)
+        return output.contiguous(), None
+    assert isinstance(value, Tensor)
+    _warn_if_stock(module, query, key)
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    batch, heads, length, _ = query.shape
+    kv_heads, total = key.shape[1:3]
+    visible = None
+    if attention_mask is not None:
+        visible = to_bool(attention_mask)[:, :, None]
+    elif length > 1:
+        visible = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)
+    rows = (query.float() * scaling).unflatten(1, (kv_heads, heads // kv_heads))
+    part = dense_attention(rows, key, value, visible, softcap)
+    sinks = None
+    if s_aux is not None:
+        sinks = s_aux.float().view(kv_heads, -1, 1).expand(-1, -1, length).flatten(1)
+    output = merge([part], sinks).view(batch, heads, length, -1)
+    return output.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+def _warn_if_stock(module: nn.Module, query: Tensor, key: Tensor) -> None:
+    has_past = key.shape[2] > query.shape[2] and not getattr(module, "is_cross_attention", False)
+    if has_past and not hasattr(key, "_mixkvq"):
+        logger.warning_once(
+            "attn_implementation='mixkvq' is running with a stock cache: nothing is being quantized. Pass "
+            "past_key_values=MixKVQCache(model.config, MixKVQConfig.preset('default'))."
+        )
+
+
+def register() -> None:
+    """Make ``attn_implementation="mixkvq"`` known to transformers. Importing :mod:`mixkvq` does it."""
+    AttentionInterface.register(NAME, attention_forward)
+    # Without a mask function of the same name every mask would be None, and left padding silently wrong.
+    AttentionMaskInterface.register(NAME, sdpa_mask)

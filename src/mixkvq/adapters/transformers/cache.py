@@ -1,0 +1,96 @@
+"""The cache that a user hands to ``generate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from mixkvq.adapters.transformers.layer import MixKVQLayer
+from mixkvq.adapters.transformers.masks import MaskReader
+from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, refuse_unsupported
+from mixkvq.config import MixKVQConfig
+from mixkvq.policies import Policy, policy_class
+from mixkvq.store import MemoryReport
+
+
+class MixKVQCache(Cache):
+    """A KV cache in 2 to 4 bits for any model of transformers that goes through its attention interface.
+
+    Layers with full attention are quantized; sliding windows, linear attention and the like keep the library's own
+    layers. The model must have been loaded with ``attn_implementation="mixkvq"``::
+
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="mixkvq")
+        cache = MixKVQCache(model.config, MixKVQConfig.preset("default"))
+        model.generate(**inputs, past_key_values=cache)
+
+    Args:
+        model_config: ``model.config``.
+        config: how keys and values are stored: a :class:`MixKVQConfig`, or text for :meth:`MixKVQConfig.parse`.
+        policy: one of your own that decides the bits, instead of the one that ``config.policy`` names.
+
+    Raises:
+        UnsupportedModelError: multi-head latent attention, layers that share keys and values, encoder-decoders.
+    """
+
+    def __init__(
+        self,
+        model_config: PreTrainedConfig,
+        config: MixKVQConfig | str = "default",
+        policy: Policy | None = None,
+    ) -> None:
+        if isinstance(config, str):
+            config = MixKVQConfig.parse(config)
+        if not isinstance(model_config, PreTrainedConfig):
+            raise TypeError(
+                f"MixKVQCache takes the model's configuration (model.config) first, not {type(model_config).__name__}."
+            )
+        self.config = config
+        text_config = model_config.get_text_config(decoder=True)
+        refuse_unsupported(model_config, text_config)
+        if policy is None:
+            policy = policy_class(config.policy)(config)
+        masks, expected = MaskReader(), ExpectedShape(text_config)
+        layers = [
+            MixKVQLayer(config, policy, masks, expected) if type(layer) is DynamicLayer else layer
+            for layer in DynamicCache(config=model_config).layers
+        ]
+        if not any(isinstance(layer, MixKVQLayer) for layer in layers):
+            raise UnsupportedModelError(
+                f"None of the {len(layers)} layers of this {text_config.model_type} model has full attention: there "
+                "is nothing to quantize."
+            )
+        super().__init__(layers=layers)
+
+    @property
+    def quantized_layers(self) -> list[MixKVQLayer]:
+        """The layers that this package stores."""
+        return [layer for layer in self.layers if isinstance(layer, MixKVQLayer)]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`MixKVQLayer.update`; layers that are not quantized return tensors."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"The model has a layer {layer_idx}, but this cache was built for one of {len(self.layers)} layers. "
+                "Build it from this model's config: MixKVQCache(model.config, ...)."
+            )
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(keys, Tensor):
+            keys._mixkvq = True  # type: ignore[attr-defined]  # not a stock cache: see `attention.py`
+        return keys, values
+
+    def memory(self) -> MemoryReport:
+        """Bytes held, by part, over all layers, and bits per element."""
+        report = MemoryReport()
+        for layer in self.layers:
+            if isinstance(layer, MixKVQLayer):
+                report += layer.memory()
+            else:
+                held = (value for value in vars(layer).values() if isinstance(value, Tensor))
+                report.parts["other layers"] += sum(tensor.nbytes for tensor in held)
+        return report
+
+    def __repr__(self) -> str:
+        return f"MixKVQCache({len(self.quantized_layers)} of {len(self.layers)} layers, {self.config})"

@@ -1,0 +1,52 @@
+"""Which models the packed cache can serve."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+
+class UnsupportedModelError(RuntimeError):
+    """The model's architecture does something with its keys and values that the packed cache cannot serve."""
+
+
+class ExpectedShape:
+    """What a model's configuration says of its keys, to recognise a cache that was built for another model."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        heads = getattr(config, "num_attention_heads", None)
+        # Some models without grouped queries carry a number of key/value heads that they do not use.
+        self.heads = {n for n in (getattr(config, "num_key_value_heads", None), heads) if isinstance(n, int)}
+        self.head_dim = getattr(config, "head_dim", None)
+        if self.head_dim is None and isinstance(heads, int) and hasattr(config, "hidden_size"):
+            self.head_dim = config.hidden_size // heads
+        self.model_type = config.model_type
+
+    def check(self, keys: Tensor) -> None:
+        """Raise a ``ValueError`` unless keys ``[B, Hkv, L, D]`` are that model's, or a tensor-parallel share."""
+        _, heads, _, dim = keys.shape
+        right_heads = not self.heads or any(n % heads == 0 for n in self.heads)
+        right_dim = not isinstance(self.head_dim, int) or self.head_dim == dim
+        if not (right_heads and right_dim):
+            raise ValueError(
+                f"This cache was built for a {self.model_type} model with {min(self.heads)} key/value heads of "
+                f"dimension {self.head_dim}, and was given keys of {heads} heads of dimension {dim}. "
+                "Build it from this model's config: MixKVQCache(model.config, ...)."
+            )
+
+
+def refuse_unsupported(config: PreTrainedConfig, text: PreTrainedConfig) -> None:
+    """Raise an ``UnsupportedModelError`` for architectures whose keys and values are not the cache's to store."""
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{text.model_type} uses multi-head latent attention (MLA): its cache is a low-rank latent already, and "
+            "keys are made from it inside the layer. MixKVQCache does not support it."
+        )
+    if getattr(text, "num_kv_shared_layers", None) or getattr(text, "kv_sharing_modes", None):
+        raise UnsupportedModelError(
+            f"{text.model_type} shares keys and values between layers, which MixKVQCache does not support."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{config.model_type} is an encoder-decoder; MixKVQCache supports decoder-only models."
+        )
