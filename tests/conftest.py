@@ -18,6 +18,7 @@ CONFIGS = [
     "kivi-2:key_bits=8,value_bits=8,residual_length=64,key_group=16",
     "default:budget=3.2,value_bits=4,residual_length=256,scale_dtype=bfloat16",
     "default:budget_scope=head,value_group=24",
+    "default:value_bits=16",
 ]
 
 

@@ -68,6 +68,21 @@ def test_unknown_fields_in_python_and_json():
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "a JSON object of fields"),
+        ('{"policy": "kivi", "sinks": 1.0}', "sinks is a whole number"),
+        ('{"policy": "kivi", "key_group": "32"}', "key_group is a whole number"),
+        ('{"tau_bf16": NaN, "tau_uint4": 1}', "tau_bf16 is a finite number"),
+    ],
+)
+def test_json_that_is_no_configuration(text: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        MixKVQConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
     ("dim", "group", "parts"),
     [(64, 64, 1), (128, 64, 2), (96, 64, 2), (80, 64, 2), (16, 64, 1), (64, 24, 4), (7, 3, 7)],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -14,7 +16,7 @@ from mixkvq.kernels.packed import packed_attention
 from mixkvq.kernels.partial import Partial, dense_attention, merge
 from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.policies import KeyBlock, Policy, policy_class
-from mixkvq.quant.block import quantize_keys, quantize_values
+from mixkvq.quant.block import DENSE_BITS, quantize_keys, quantize_values
 from mixkvq.quant.rotation import rotate
 from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store import MemoryReport, PagedStore, PageLayout
@@ -48,6 +50,11 @@ class Step:
         real = None if self.real is None else self.real[:, start:stop]
         part = slice(start, stop)
         return Step(self.query[:, :, part], self.keys[:, :, part], self.values[:, :, part], real)
+
+    def copy(self) -> Step:
+        """The same tokens in memory of their own, outside any gradient."""
+        query, keys, values = (x.detach().clone() for x in (self.query, self.keys, self.values))
+        return Step(query, keys, values, self.real)
 
 
 def page_layout(
@@ -87,8 +94,26 @@ def expected_bits(
 
 
 def _ordinary_tensors(method: Callable[P, T]) -> Callable[P, T]:
-    """Run without gradients and outside inference mode, whose tensors could not be written to after it has ended."""
-    return torch.no_grad()(torch.inference_mode(False)(method))
+    """Run without gradients or autocast, and outside inference mode, whose tensors could not be written to later."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        # In this order: leaving inference mode switches gradients on again.
+        with torch.inference_mode(False), torch.no_grad(), autocast_off():
+            return method(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def autocast_off() -> Iterator[None]:
+    """The cache computes in float32 whatever the model around it is cast to."""
+    with torch.autocast("cpu", enabled=False):
+        if not torch.cuda.is_available():
+            yield
+            return
+        with torch.autocast("cuda", enabled=False):
+            yield
 
 
 class LayerCache:
@@ -113,7 +138,7 @@ class LayerCache:
     @property
     def rotated(self) -> bool:
         """Whether values are stored rotated."""
-        return self.config.value_rotation == "hadamard"
+        return self.config.value_rotation == "hadamard" and self.config.value_bits != DENSE_BITS
 
     @_ordinary_tensors
     def append(self, step: Step) -> None:
@@ -126,6 +151,15 @@ class LayerCache:
                 part = slice(start, start + size)
                 self._flush(FullBlocks(blocks.keys[part], blocks.values[part], blocks.sequences[part]))
 
+    def _check_plan(self, bits: Tensor, keys: Tensor) -> None:
+        allowed = (self.config.key_bits, *self.policy.promoted_bits)
+        wanted = torch.Size((*keys.shape[:2], keys.shape[3]))
+        if bits.shape != wanted or bits.dtype != torch.uint8 or not set(bits.unique().tolist()) <= set(allowed):
+            raise ValueError(
+                f"The policy {type(self.policy).__name__} planned {bits.dtype} {list(bits.shape)} with the widths "
+                f"{bits.unique().tolist()}; a plan is uint8 {list(wanted)}, of the widths {list(allowed)}."
+            )
+
     def _flush(self, blocks: FullBlocks) -> None:
         """Plan, quantize, pack."""
         config = self.config
@@ -133,6 +167,7 @@ class LayerCache:
         if self.statistics is not None:
             importance = self.statistics.importance(torch.tensor(blocks.sequences, device=blocks.keys.device))
         bits = self.policy.plan(KeyBlock(blocks.keys, importance))
+        self._check_plan(bits, blocks.keys)
         keys = quantize_keys(
             blocks.keys,
             bits,
@@ -152,7 +187,7 @@ class LayerCache:
         )
         self.store.write(blocks.sequences, keys, values)
 
-    @torch.no_grad()
+    @_ordinary_tensors
     def attend(
         self,
         step: Step,
@@ -214,7 +249,7 @@ class LayerCache:
         """Keep the given batch rows, in that order, repeats allowed."""
         self.store.select(rows)
         if self.statistics is not None:
-            self.statistics.select(torch.tensor(list(rows), device=self.store.device))
+            self.statistics.select(torch.tensor(list(rows), dtype=torch.long, device=self.store.device))
 
     @_ordinary_tensors
     def crop(self, removed: Sequence[int]) -> None:

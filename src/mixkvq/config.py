@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -77,6 +78,13 @@ class MixKVQConfig:
     debug: bool = False
 
     def __post_init__(self) -> None:
+        for field in ("residual_length", "sinks", "key_bits", "key_group", "value_bits", "value_group"):
+            value = getattr(self, field)
+            _require(isinstance(value, int) and not isinstance(value, bool), f"{field} is a whole number", self, field)
+        for field in ("budget", "tau_uint4", "tau_bf16"):
+            value = getattr(self, field)
+            real = isinstance(value, (int, float)) and math.isfinite(value)
+            _require(value is None or real, f"{field} is a finite number or none", self, field)
         for field, allowed in _literals().items():
             _require(getattr(self, field) in allowed, f"{field} is one of {_join(allowed)}", self, field)
         _require(
@@ -151,7 +159,12 @@ class MixKVQConfig:
     @classmethod
     def from_json(cls, text: str | Path) -> MixKVQConfig:
         """From :meth:`to_json`'s text, or a file that holds it."""
-        raw = json.loads(text.read_text() if isinstance(text, Path) else text)
+        try:
+            raw = json.loads(text.read_text() if isinstance(text, Path) else text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"This is not JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise ConfigError("A configuration is a JSON object of fields.")
         unknown = set(raw) - _field_names()
         if unknown:
             raise ConfigError(_unknown("field", sorted(unknown)[0], _field_names()))

@@ -54,9 +54,13 @@ def load(
             "folder, a name on the Hugging Face hub, or leave --model out for SmolLM2-135M-Instruct."
         )
     try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"There is no device '{device}' here: {str(error).splitlines()[0]}") from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         model = AutoModelForCausalLM.from_pretrained(name, **source, **weights)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"Could not load '{name}': {error}") from error
     except KeyError as error:
         if error.args != (NAME,):

@@ -59,6 +59,23 @@ def test_a_cache_for_fewer_layers(model):
         model(ids(), past_key_values=cache)
 
 
+def test_a_cache_for_more_layers(model):
+    cache = MixKVQCache(tf.LlamaConfig(**{**SIZE, "num_hidden_layers": 3}))
+    with torch.inference_mode(), attention(model, "mixkvq"):
+        model(ids(), past_key_values=cache)
+        with pytest.raises(ValueError, match="Not all of this cache's 3 layers got tokens"):
+            model(ids(), past_key_values=cache)
+
+
+def test_a_mask_for_the_whole_batch(model):
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    mask[:, 0] = False  # the first position is padding in every row
+    with torch.inference_mode(), attention(model, "mixkvq"):
+        cache = MixKVQCache(model.config)
+        model(ids(3, 5), past_key_values=cache, attention_mask=mask[None, None])
+    assert cache.layers[0].cache.store.lengths == [4, 4, 4]
+
+
 def test_a_cache_for_another_shape(model):
     cache = MixKVQCache(tf.LlamaConfig(**{**SIZE, "head_dim": 32}))
     with attention(model, "mixkvq"), pytest.raises(ValueError, match=r"dimension 32, and was given keys of 2 heads"):

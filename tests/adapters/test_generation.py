@@ -88,7 +88,9 @@ def test_a_long_prompt_does_not_wait_unpacked(model):
     cache.activate_past_recording()
     with torch.inference_mode(), attention(model, "mixkvq"):
         model(prompt(length=1000), past_key_values=cache)
-    assert cache.layers[0].held.length == 128
+    held = cache.layers[0].held
+    assert held.length == 128
+    assert held.keys.untyped_storage().nbytes() == held.keys.nbytes  # not a view of the whole prompt
     assert cache.memory().elements == 2 * 1000 * 2 * 32
     cache.crop(-100)
     cache.crop(-400)

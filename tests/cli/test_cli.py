@@ -143,6 +143,8 @@ def test_fidelity_writes_rows(folder: Path, text: Path, tmp_path: Path):
         (("--windows", 0), "windows of at least"),
         (("--window", 5000), "longer than the model's context of 4096"),
         (("--json", "no/such/folder/x.json"), "there is no folder"),
+        (("--json", "/"), "it is a folder"),
+        (("--device", "abacus"), "There is no device 'abacus' here"),
         (("--cache", "kivi-2:key_group=33"), "key_group divides residual_length"),
     ],
 )

@@ -69,6 +69,12 @@ def thresholds_for_bits(
         bf16_share: share of channels to leave in BF16; UINT4 takes the rest of the bits.
         advance: called after each window.
     """
+    block = MixKVQConfig.preset("paper").residual_length
+    if not (0 <= bf16_share < 1) or windows.shape[1] < block:
+        raise ConfigError(
+            f"A share of {bf16_share} in BF16 over windows of {windows.shape[1]} tokens: the share is at least 0 and "
+            f"below 1, and a window holds a block of {block} tokens."
+        )
     uint4_share = (bits - 2 - bf16_share * (DENSE_BITS - 2)) / 2
     if not (0 <= uint4_share <= 1 - bf16_share):
         raise ConfigError(
@@ -84,5 +90,5 @@ def thresholds_for_bits(
                 model(window[None, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1)
             advance()
     ranked = torch.cat(recorder.saliences).sort(descending=True).values
-    first, second = (int(share * len(ranked)) for share in (bf16_share, bf16_share + uint4_share))
+    first, second = (min(int(share * len(ranked)), len(ranked) - 1) for share in (bf16_share, bf16_share + uint4_share))
     return Thresholds(ranked[first].item(), ranked[second].item(), first / len(ranked), (second - first) / len(ranked))

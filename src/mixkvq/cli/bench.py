@@ -55,6 +55,8 @@ def decode(
         contexts, configs = sorted(context or [1024, 4096]), parse_caches(cache or ["default"])
         if steps < 1:
             raise InputError(f"--steps {steps}: time at least one.")
+        if text is not None and len(text) > 1:
+            raise InputError("One --text is enough here: the context is cut from it.")
         rows = []
         for name in dtype or ["bfloat16", "float32"]:
             network, tokenizer = load_model(model, parse_dtype(name), device)
@@ -63,7 +65,7 @@ def decode(
                 raise InputError(f"--context {contexts[-1]} is longer than the model's context of {limit} tokens.")
             if contexts[0] <= steps + WARM_UP:
                 raise InputError(f"--context {contexts[0]} is too short to time {steps} steps at its end.")
-            longest = windows(tokenizer, text[:1] if text else [None], contexts[-1], 1)[0]
+            longest = windows(tokenizer, text or [None], contexts[-1], 1)[0]
             with progress() as bar:
                 task = bar.add_task(name, total=None)
 

@@ -82,11 +82,13 @@ def load_model(
     name: str | None, dtype: torch.dtype, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model while a spinner says so."""
-    transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    if name is not None:  # the hub's own progress bars
+        notes.print(f"Loading {name} …")
+        return load(name, dtype=dtype, device=device)
     # The spinner keeps the real standard error; what libraries write there while loading would tear it apart.
     spinner = Console(file=sys.stderr)
-    with spinner.status(f"Loading {name or DEFAULT_MODEL} …"), contextlib.redirect_stderr(io.StringIO()):
+    with spinner.status(f"Loading {DEFAULT_MODEL} …"), contextlib.redirect_stderr(io.StringIO()):
         return load(name, dtype=dtype, device=device)
 
 
@@ -105,7 +107,11 @@ def progress() -> Progress:
 
 def check_writable(path: Path | None) -> None:
     """Complain about a result file that cannot be written before the work, not after it."""
-    if path is not None and not path.resolve().parent.is_dir():
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"Cannot write '{path}': it is a folder.")
+    if not path.resolve().parent.is_dir():
         raise InputError(f"Cannot write '{path}': there is no folder '{path.resolve().parent}'.")
 
 

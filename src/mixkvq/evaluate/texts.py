@@ -35,6 +35,8 @@ def windows(tokenizer: PreTrainedTokenizerBase, paths: Sequence[str | Path | Non
     Raises:
         TextError: a text has not one window.
     """
+    if size < 1 or count < 1:
+        raise TextError(f"{count} windows of {size} tokens: both are at least 1.")
     cut = []
     for path in paths:
         text = read_text(path)

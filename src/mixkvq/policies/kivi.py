@@ -31,7 +31,7 @@ class KIVI(Policy):
     @classmethod
     def check(cls, config: MixKVQConfig) -> None:
         if config.budget is not None or config.tau_uint4 is not None or config.tau_bf16 is not None:
-            raise ConfigError("The kivi policy promotes no channels: leave budget and thresholds out.")
+            raise ConfigError(f"The {cls.name} policy promotes no channels: leave budget and thresholds out.")
 
     def plan(self, block: KeyBlock) -> Tensor:
         n, heads, _, dim = block.keys.shape

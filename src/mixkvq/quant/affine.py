@@ -8,7 +8,8 @@ For a group ``x`` and ``b`` bits (method section "Preliminaries" of arXiv 2512.1
     x~    = code * scale + zero
 
 ``scale`` and ``zero`` are rounded to the type they are stored in *before* the codes are computed, so the codes
-make up for that rounding. A constant group has ``scale = 0`` and comes back exactly.
+make up for that rounding. A constant group has ``scale = 0`` and comes back exactly, if
+the storage type holds its value (float16 holds all bfloat16 numbers of magnitude 2^-14 to 65504).
 
 **Clipping**: a smaller range costs the extremes and serves the rest; the range with the least squared error is taken.
 
@@ -95,8 +96,8 @@ def _stretch(x: Tensor, q: Affine, dtype: torch.dtype) -> Affine:
     varies = q.scale > 0
     return Affine(
         q.codes,
-        torch.where(varies, _storable(q.scale * gain, dtype), q.scale),
-        torch.where(varies, _storable(zero, dtype), q.zero),
+        torch.where(varies, storable(q.scale * gain, dtype), q.scale),
+        torch.where(varies, storable(zero, dtype), q.zero),
     )
 
 
@@ -111,19 +112,21 @@ def step_size(low: Tensor, high: Tensor, bits: int | Tensor) -> Tensor:
 
 
 def _levels(bits: int | Tensor, device: torch.device) -> Tensor:
-    return (2.0 ** torch.as_tensor(bits, device=device, dtype=torch.float32)) - 1
+    # Integers: a power of two that comes out a hair low would cut the highest code off.
+    return ((1 << torch.as_tensor(bits, device=device, dtype=torch.int32)) - 1).float()
 
 
 def _quantize_range(x: Tensor, low: Tensor, high: Tensor, levels: Tensor, dtype: torch.dtype) -> Affine:
     zero = _round_down(low, dtype)
     # `zero` was rounded down, so the range never turns negative and its top stays reachable.
-    scale = _storable((high - zero) / levels, dtype)
+    scale = storable((high - zero) / levels, dtype)
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     codes = ((x - zero) * inverse).round_().clamp_(min=0).minimum(levels)
     return Affine(codes.to(torch.uint8), scale, zero)
 
 
-def _storable(x: Tensor, dtype: torch.dtype) -> Tensor:
+def storable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in float32, rounded to what ``dtype`` can hold, its ends included."""
     limit = torch.finfo(dtype).max
     return x.clamp(-limit, limit).to(dtype).float()
 
@@ -132,9 +135,9 @@ def _round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32:
         return x
     info = torch.finfo(dtype)
-    rounded = _storable(x, dtype)
+    rounded = storable(x, dtype)
     # One unit in the last place below, by a float32 step that is at least that unit and less than two.
-    below = _storable(rounded - (rounded.abs() * info.eps).clamp(min=info.tiny * info.eps), dtype)
+    below = storable(rounded - (rounded.abs() * info.eps).clamp(min=info.tiny * info.eps), dtype)
     return torch.where(rounded > x, below, rounded)
 
 

@@ -18,7 +18,7 @@ def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
     if size < 1:
         raise ValueError(f"A rotation needs a positive size, not {size}.")
     block = size & -size
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while matrix.shape[0] < block:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
     matrix = matrix / block**0.5

@@ -38,8 +38,8 @@ class QueryStatistics:
     """
 
     def __init__(self, batch: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
-        self.total = torch.zeros(batch, kv_heads, head_dim, device=device)
-        self.count = torch.zeros(batch, device=device)
+        self.total = torch.zeros(batch, kv_heads, head_dim, dtype=torch.float32, device=device)
+        self.count = torch.zeros(batch, dtype=torch.float32, device=device)
 
     def update(self, query: Tensor, real: Tensor | None = None) -> None:
         """Add queries ``[B, Hq, L, D]`` after RoPE; ``real [B, L]`` bool is False at padding."""

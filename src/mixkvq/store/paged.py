@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mixkvq.quant.affine import storable
 from mixkvq.quant.block import DENSE_BITS, QuantizedKeys, QuantizedValues
 from mixkvq.quant.planes import pack, plane_widths, split_planes
 from mixkvq.store.layout import PageLayout
@@ -130,6 +131,10 @@ class PagedStore:
         """Tokens of a sequence in the residual."""
         return max(self.lengths[row] - self.sinks, 0) % self.layout.tokens
 
+    def _filled(self, row: int) -> int:
+        """Dense slots that a sequence uses: its sinks, and after them its residual."""
+        return min(self.lengths[row], self.sinks) + self._waiting(row)
+
     def _put(self, row: int, slot: int, keys: Tensor, values: Tensor) -> None:
         count = keys.shape[1]
         self.dense_keys[row, :, slot : slot + count] = keys
@@ -158,7 +163,7 @@ class PagedStore:
             extra = self._extra_bits(keys.bits)
             for i, plane in enumerate(split_planes(keys.codes >> extra[:, :, None], layout.key_bits)):
                 yield f"key_plane_{i}", pack(plane, plane_widths(layout.key_bits)[i], dim=-2)
-            yield "key_scale", keys.scale * 2.0 ** extra[:, :, None]
+            yield "key_scale", storable(keys.scale * 2.0 ** extra[:, :, None], layout.param_dtype)
             yield "key_zero", keys.zero
         if layout.value_bits == DENSE_BITS:
             yield "values", values.dense
@@ -231,7 +236,7 @@ class PagedStore:
 
     def dense(self) -> DenseTokens:
         """Sinks and residual of all sequences."""
-        ends = [min(length, self.sinks) + self._waiting(row) for row, length in enumerate(self.lengths)]
+        ends = [self._filled(row) for row in range(self.batch)]
         end = max(ends, default=0)
         keys, values = self.dense_keys[:, :, :end], self.dense_values[:, :, :end]
         if len(set(ends)) <= 1:
@@ -249,7 +254,7 @@ class PagedStore:
             self.pages.retain(table)
         old, self.tables = self.tables, tables
         self.lengths = [self.lengths[row] for row in rows]
-        at = torch.tensor(list(rows), device=self.device)
+        at = torch.tensor(list(rows), dtype=torch.long, device=self.device)
         self.dense_keys, self.dense_values = self.dense_keys[at], self.dense_values[at]
         for table in old:
             self._release(table)
@@ -266,6 +271,10 @@ class PagedStore:
         self._release(self.tables[row][blocks:])
         self.tables[row] = self.tables[row][:blocks]
         self.lengths[row] = length
+        # What was cut may be anything, and a masked slot must be finite.
+        left = self._filled(row)
+        self.dense_keys[row, :, left:] = 0
+        self.dense_values[row, :, left:] = 0
         if restored is not None:
             self._put(row, self.sinks, *restored)
         self._compact()

@@ -13,8 +13,8 @@ from mixkvq.store.layout import Record
 class RecordPool:
     """A growing array of records.
 
-    Growing copies the packed bytes and leaves a spare 1/32 at most, so bytes held stay within about 3% of bytes
-    used while a decode step never allocates.
+    Growing copies the packed bytes and leaves a spare 1/32 at most, so bytes held stay within about 3% of bytes used.
+    It happens when a block is flushed, once in 128 steps at most.
     """
 
     def __init__(self, record: Record, device: torch.device) -> None:

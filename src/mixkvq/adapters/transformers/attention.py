@@ -50,6 +50,8 @@ def attention_forward(
     """
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModelError("The packed cache does not take attention biases (position_bias).")
+    if kwargs.get("output_attentions"):
+        logger.warning_once("attn_implementation='mixkvq' does not return attention weights.")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if isinstance(key, KVHandle):

@@ -76,6 +76,13 @@ class MixKVQCache(Cache):
                 f"The model has a layer {layer_idx}, but this cache was built for one of {len(self.layers)} layers. "
                 "Build it from this model's config: MixKVQCache(model.config, ...)."
             )
+        layers = self.quantized_layers
+        if self.layers[layer_idx] is layers[0] and layers[0].seen > 0 and layers[-1].seen < layers[0].seen:
+            raise ValueError(
+                f"Not all of this cache's {len(self.layers)} layers got tokens in the last forward pass: it was built "
+                "for another model, or the pass was interrupted. Use a new MixKVQCache(model.config, ...), or reset() "
+                "this one."
+            )
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(keys, Tensor):
             keys._mixkvq = True  # type: ignore[attr-defined]  # not a stock cache: see `attention.py`

@@ -167,7 +167,7 @@ class MixKVQLayer(CacheLayerMixin):
             )
         keys, values = self.pending
         self.pending = None
-        visible, real = self.masks.read(mask, query.shape[2])
+        visible, real = self.masks.read(mask, query.shape[0], query.shape[2])
         step = Step(query, keys, values, real)
         self._commit()
         if self.cache is None:
@@ -197,16 +197,16 @@ class MixKVQLayer(CacheLayerMixin):
                 real = self.real.new_ones(self.real.shape[0], step.length)
             self.real = torch.cat([self.real, real], 1)
         self.seen += step.length
-        self.held = step
+        assert self.cache is not None
         if self.record_past:
             # Enough for any draft, and no more than a page: a long prompt is not to wait unpacked.
             early = step.length - self.config.residual_length
             if early > 0:
-                assert self.cache is not None
                 self.cache.append(step.tokens(0, early))
-                self.held = step.tokens(early, step.length)
+                step = step.tokens(early, step.length)
+            self.held = step.copy()  # not a view, which would keep the whole prompt's queries, keys and values
         else:
-            self._commit()
+            self.cache.append(step)
 
     def _commit(self) -> None:
         if self.held is not None:
@@ -231,6 +231,8 @@ class MixKVQLayer(CacheLayerMixin):
         if self.cache is None:
             return MemoryReport()
         report = self.cache.memory()
+        if self.real is not None:
+            report.parts["tables"] += self.real.nbytes
         if self.held is not None:
             held = (self.held.query, self.held.keys, self.held.values)
             report.parts["residual"] += sum(tensor.nbytes for tensor in held)

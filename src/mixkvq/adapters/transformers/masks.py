@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,11 +17,11 @@ class MaskReader:
     """Reads a forward pass's mask once for all layers: reading it may wait for the device."""
 
     def __init__(self) -> None:
-        self._mask: Callable[[], Tensor | None] = lambda: None
-        self._result: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._mask: weakref.ref[Tensor] | None = None
+        self._real: Tensor | None = None
 
-    def read(self, mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
-        """Which of ``length`` new tokens sees which, and which are real.
+    def read(self, mask: Tensor | None, batch: int, length: int) -> tuple[Tensor | None, Tensor | None]:
+        """Which of ``length`` new tokens sees which, and which are real, for a batch of ``batch``.
 
         Args:
             mask: ``[B, 1, L, T]``, bool or additive with 0 and very negative numbers, or None: causal, no padding.
@@ -33,16 +32,17 @@ class MaskReader:
         """
         if mask is None:
             return None, None
-        if self._mask() is not mask:
-            if mask.dim() != 4 or mask.shape[1] != 1:
-                raise UnsupportedModelError(
-                    f"The packed cache takes masks of shape [batch, 1, queries, keys], not {list(mask.shape)}."
-                )
-            visible = to_bool(mask)[:, 0, :, -length:]
-            real = visible.diagonal(dim1=1, dim2=2)
-            self._result = visible, None if bool(real.all()) else real
+        if mask.dim() != 4 or mask.shape[1] != 1:
+            raise UnsupportedModelError(
+                f"The packed cache takes masks of shape [batch, 1, queries, keys], not {list(mask.shape)}."
+            )
+        visible = to_bool(mask)[:, 0, :, -length:]
+        if self._mask is None or self._mask() is not mask:
+            # A copy: a view would keep the whole mask alive.
+            real = visible.diagonal(dim1=1, dim2=2).clone()
+            self._real = None if bool(real.all()) else real
             self._mask = weakref.ref(mask)
-        return self._result
+        return visible, None if self._real is None else self._real.expand(batch, -1)
 
 
 def to_bool(mask: Tensor) -> Tensor:

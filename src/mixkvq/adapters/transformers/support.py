@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -17,6 +18,8 @@ class ExpectedShape:
         heads = getattr(config, "num_attention_heads", None)
         # Some models without grouped queries carry a number of key/value heads that they do not use.
         self.heads = {n for n in (getattr(config, "num_key_value_heads", None), heads) if isinstance(n, int)}
+        if getattr(config, "multi_query", False):
+            self.heads.add(1)
         self.head_dim = getattr(config, "head_dim", None)
         if self.head_dim is None and isinstance(heads, int) and hasattr(config, "hidden_size"):
             self.head_dim = config.hidden_size // heads
@@ -25,7 +28,8 @@ class ExpectedShape:
     def check(self, keys: Tensor) -> None:
         """Raise a ``ValueError`` unless keys ``[B, Hkv, L, D]`` are that model's, or a tensor-parallel share."""
         _, heads, _, dim = keys.shape
-        right_heads = not self.heads or any(n % heads == 0 for n in self.heads)
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        right_heads = not self.heads or heads in self.heads or (parallel and any(n % heads == 0 for n in self.heads))
         right_dim = not isinstance(self.head_dim, int) or self.head_dim == dim
         if not (right_heads and right_dim):
             raise ValueError(
