@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixkvq.config import MixKVQConfig
 from mixkvq.kernels.packed import packed_attention
-from mixkvq.kernels.partial import Partial, dense_attention, merge
+from mixkvq.kernels.partial import Partial, causal, dense_attention, merge, sink_rows
 from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.policies import KeyBlock, Policy, policy_class
 from mixkvq.quant.block import DENSE_BITS, quantize_keys, quantize_values
@@ -220,10 +220,7 @@ class LayerCache:
             parts.append(Partial(rotate(part.output), part.lse) if self.rotated else part)
         parts.append(self._attend_dense(query, step, visible, softcap))
 
-        rows = None
-        if sinks is not None:
-            rows = sinks.float().view(kv_heads, -1, 1).expand(-1, -1, length).flatten(1)
-        output = merge(parts, rows)
+        output = merge(parts, sink_rows(sinks, kv_heads, length))
         return output.view(batch, heads, length, -1).to(step.query.dtype)
 
     def _attend_dense(self, query: Tensor, step: Step, visible: Tensor | None, softcap: float | None) -> Partial:
@@ -235,7 +232,7 @@ class LayerCache:
             return dense_attention(query, keys, values, None, softcap)
         device = step.keys.device
         if visible is None:
-            visible = torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
+            visible = causal(length, length, device)[None]
         past = torch.ones(1, dense.keys.shape[2], dtype=torch.bool, device=device)
         if dense.mask is not None:
             past = dense.mask

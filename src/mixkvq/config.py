@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+#: Width of the channels that a budget promotes.
+PROMOTED_BITS = 4
 #: Widths that codes can have; 16 stands for "not quantized, the model's own type".
 BITS = (2, 3, 4, 8, 16)
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -105,8 +107,8 @@ class MixKVQConfig:
             _require(getattr(self, field) in BITS, f"{field} is one of {_join(BITS)}", self, field)
         if self.budget is not None:
             _require(
-                self.key_bits <= self.budget <= 4,
-                f"budget lies between key_bits ({self.key_bits}) and 4, the promoted width",
+                self.key_bits <= self.budget <= PROMOTED_BITS,
+                f"budget lies between key_bits ({self.key_bits}) and {PROMOTED_BITS}, the promoted width",
                 self,
                 "budget",
             )

@@ -22,15 +22,15 @@ def test_thresholds_are_exclusive_and_the_widest_tier_wins():
 
 def test_a_budget_by_layer_or_by_head():
     score = torch.tensor([[[9.0, 8.0, 7.0, 0.0], [3.0, 2.0, 1.0, 0.0]]])
-    assert promote_top(score, 2, 4, 2.5, "layer").tolist() == [[[4, 4, 2, 2], [2, 2, 2, 2]]]
-    assert promote_top(score, 2, 4, 2.5, "head").tolist() == [[[4, 2, 2, 2], [4, 2, 2, 2]]]
+    assert promote_top(score, 2, 2.5, "layer").tolist() == [[[4, 4, 2, 2], [2, 2, 2, 2]]]
+    assert promote_top(score, 2, 2.5, "head").tolist() == [[[4, 2, 2, 2], [4, 2, 2, 2]]]
 
 
 @pytest.mark.parametrize("scope", ["layer", "head"])
 @pytest.mark.parametrize("budget", [2.0, 2.25, 2.3, 2.667, 4.0])
 def test_the_count_is_what_the_budget_affords(scope: str, budget: float):
-    bits = promote_top(torch.rand(3, 4, 64), 2, 4, budget, scope)
-    count = promoted_count(4, 64, 2, 4, budget, scope)
+    bits = promote_top(torch.rand(3, 4, 64), 2, budget, scope)
+    count = promoted_count(4, 64, 2, budget, scope)
     assert (bits == 4).flatten(1).sum(1).tolist() == [count] * 3
     assert bits.float().mean() <= budget + 1e-6
     assert bits.float().mean() > budget - 2 * 4 / 256  # less than one channel of every head short

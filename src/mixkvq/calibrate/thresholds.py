@@ -48,7 +48,7 @@ class SalienceRecorder(BF16):
         self.saliences: list[Tensor] = []
 
     def plan(self, block: KeyBlock) -> Tensor:
-        self.saliences.append(self.ranked.salience(block).flatten().cpu())
+        self.saliences.append(self.ranked.score(block).flatten().cpu())
         return super().plan(block)
 
 

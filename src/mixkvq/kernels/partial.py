@@ -81,6 +81,18 @@ def merge(parts: list[Partial], sinks: Tensor | None = None) -> Tensor:
     return total / mass.clamp(min=torch.finfo(mass.dtype).tiny).unsqueeze(-1)
 
 
+def sink_rows(sinks: Tensor | None, kv_heads: int, length: int) -> Tensor | None:
+    """Sink logits by query head, ``[Hq]``, as :func:`merge` takes them: ``[Hkv, rows]``."""
+    if sinks is None:
+        return None
+    return sinks.float().view(kv_heads, -1, 1).expand(-1, -1, length).flatten(1)
+
+
+def causal(length: int, total: int, device: torch.device) -> Tensor:
+    """Which of ``total`` tokens the last ``length`` of them see: ``[length, total]`` bool."""
+    return torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
+
+
 def cap(logits: Tensor, softcap: float | None) -> Tensor:
     """Soft-capped logits; unchanged for None."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mixkvq.config import ConfigError, MixKVQConfig, Preset
-from mixkvq.policies.base import KeyBlock, Policy
-from mixkvq.policies.tiers import promote_above, promote_top, promoted_count
+from mixkvq.config import PROMOTED_BITS, ConfigError, MixKVQConfig, Preset
+from mixkvq.policies.base import KeyBlock
+from mixkvq.policies.ranked import RankedPolicy
+from mixkvq.policies.tiers import promote_above
 from mixkvq.quant.block import DENSE_BITS
 from mixkvq.quant.salience import sensitivity
 
@@ -21,7 +22,7 @@ PAPER_THRESHOLDS = {
 }
 
 
-class MixKVQ(Policy):
+class MixKVQ(RankedPolicy):
     """Ranks channels by ``A_d = I_d * S_d``; thresholds or a budget cut the ranking into tiers."""
 
     name = "mixkvq"
@@ -62,31 +63,32 @@ class MixKVQ(Policy):
 
     @classmethod
     def check(cls, config: MixKVQConfig) -> None:
-        if config.key_bits != 2:
-            raise ConfigError(f"The mixkvq policy promotes channels above key_bits=2, not {config.key_bits}.")
+        super().check(config)
         if config.budget is None and (config.tau_uint4 is None or config.tau_bf16 is None):
             raise ConfigError("The mixkvq policy needs a budget, or both tau_uint4 and tau_bf16.")
 
     @property
+    def thresholds(self) -> dict[int, float] | None:
+        """Thresholds by width, or None where there is a budget instead."""
+        if self.config.budget is not None:
+            return None
+        assert self.config.tau_uint4 is not None
+        assert self.config.tau_bf16 is not None
+        return {PROMOTED_BITS: self.config.tau_uint4, DENSE_BITS: self.config.tau_bf16}
+
+    @property
     def promoted_bits(self) -> tuple[int, ...]:
-        return (4,) if self.config.budget is not None else (4, DENSE_BITS)
+        return super().promoted_bits if self.thresholds is None else tuple(self.thresholds)
 
     def promoted_channels(self, kv_heads: int, head_dim: int) -> dict[int, int] | None:
-        config = self.config
-        if config.budget is None:
-            return None
-        count = promoted_count(kv_heads, head_dim, config.key_bits, 4, config.budget, config.budget_scope)
-        return {4: count}
+        return super().promoted_channels(kv_heads, head_dim) if self.thresholds is None else None
 
-    def salience(self, block: KeyBlock) -> Tensor:
+    def score(self, block: KeyBlock) -> Tensor:
         """``A_d [N, Hkv, D]``, or ``S_d`` alone for the ablation without the query."""
         error = sensitivity(block.keys, self.config.key_group, self.config.key_bits)
         return error if block.importance is None else block.importance * error
 
     def plan(self, block: KeyBlock) -> Tensor:
-        config, score = self.config, self.salience(block)
-        if config.budget is not None:
-            return promote_top(score, config.key_bits, 4, config.budget, config.budget_scope)
-        assert config.tau_uint4 is not None
-        assert config.tau_bf16 is not None
-        return promote_above(score, config.key_bits, {4: config.tau_uint4, DENSE_BITS: config.tau_bf16})
+        if self.thresholds is None:
+            return super().plan(block)
+        return promote_above(self.score(block), self.config.key_bits, self.thresholds)

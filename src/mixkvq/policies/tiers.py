@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mixkvq.config import PROMOTED_BITS
+
 Scope = Literal["layer", "head"]
 
 
@@ -27,8 +29,8 @@ def promote_above(score: Tensor, base_bits: int, thresholds: dict[int, float]) -
     return bits
 
 
-def promote_top(score: Tensor, base_bits: int, width: int, budget: float, scope: Scope) -> Tensor:
-    """Give the channels with the highest scores ``width`` bits, as many as a mean of ``budget`` bits allows.
+def promote_top(score: Tensor, base_bits: int, budget: float, scope: Scope) -> Tensor:
+    """Give the channels with the highest scores 4 bits, as many as a mean of ``budget`` bits allows.
 
     Args:
         score: ``[N, Hkv, D]``.
@@ -38,18 +40,18 @@ def promote_top(score: Tensor, base_bits: int, width: int, budget: float, scope:
         ``[N, Hkv, D]`` uint8, with :func:`promoted_count` promoted channels in every block.
     """
     ranked = score.flatten(1) if scope == "layer" else score
-    top = ranked.topk(_affordable(ranked.shape[-1], base_bits, width, budget), dim=-1).indices
-    bits = torch.full_like(ranked, base_bits, dtype=torch.uint8).scatter(-1, top, width)
+    top = ranked.topk(_affordable(ranked.shape[-1], base_bits, budget), dim=-1).indices
+    bits = torch.full_like(ranked, base_bits, dtype=torch.uint8).scatter(-1, top, PROMOTED_BITS)
     return bits.view_as(score)
 
 
-def promoted_count(kv_heads: int, head_dim: int, base_bits: int, width: int, budget: float, scope: Scope) -> int:
+def promoted_count(kv_heads: int, head_dim: int, base_bits: int, budget: float, scope: Scope) -> int:
     """How many channels of a block, all heads together, :func:`promote_top` promotes."""
     if scope == "layer":
-        return _affordable(kv_heads * head_dim, base_bits, width, budget)
-    return kv_heads * _affordable(head_dim, base_bits, width, budget)
+        return _affordable(kv_heads * head_dim, base_bits, budget)
+    return kv_heads * _affordable(head_dim, base_bits, budget)
 
 
-def _affordable(channels: int, base_bits: int, width: int, budget: float) -> int:
+def _affordable(channels: int, base_bits: int, budget: float) -> int:
     # A hair above, so that a budget written in decimals is not a channel short of what it says.
-    return int((budget - base_bits) / (width - base_bits) * channels + 1e-6)
+    return int((budget - base_bits) / (PROMOTED_BITS - base_bits) * channels + 1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -14,7 +13,7 @@ from transformers.utils import logging
 from mixkvq.adapters.transformers.layer import KVHandle
 from mixkvq.adapters.transformers.masks import to_bool
 from mixkvq.adapters.transformers.support import UnsupportedModelError
-from mixkvq.kernels.partial import dense_attention, merge
+from mixkvq.kernels.partial import causal, dense_attention, merge, sink_rows
 
 #: ``attn_implementation`` of a model that is to use the cache.
 NAME = "mixkvq"
@@ -69,13 +68,10 @@ def attention_forward(
     if attention_mask is not None:
         visible = to_bool(attention_mask)[:, :, None]
     elif length > 1:
-        visible = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)
+        visible = causal(length, total, query.device)
     rows = (query.float() * scaling).unflatten(1, (kv_heads, heads // kv_heads))
     part = dense_attention(rows, key, value, visible, softcap)
-    sinks = None
-    if s_aux is not None:
-        sinks = s_aux.float().view(kv_heads, -1, 1).expand(-1, -1, length).flatten(1)
-    output = merge([part], sinks).view(batch, heads, length, -1)
+    output = merge([part], sink_rows(s_aux, kv_heads, length)).view(batch, heads, length, -1)
     return output.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
