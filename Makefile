@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-fast lint clean
 
 demo: $(READY)
-	$(BIN)/mixkvq generate --cache default --max-new-tokens 600
+	$(BIN)/mixkvq generate --cache default --max-new-tokens 600 --temperature 0.7
 
 test: $(READY) lint
 	$(BIN)/pytest -n auto
