@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from mixkvq.adapters.transformers import NAME, MixKVQCache
+from mixkvq.adapters.transformers.cache import held_tensors
 from mixkvq.config import MixKVQConfig
 from mixkvq.models import attention
 
@@ -109,7 +110,7 @@ def _wait(model: PreTrainedModel) -> None:
 
 
 def _stock_tensors(cache: Cache) -> list[Tensor]:
-    return [tensor for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, Tensor)]
+    return [tensor for layer in cache.layers for tensor in held_tensors(layer)]
 
 
 def _stock_bytes(cache: Cache) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +14,7 @@ from mixkvq.cli.common import (
     CacheHelp,
     DeviceOption,
     InputError,
+    JsonOption,
     ModelOption,
     TextOption,
     check_writable,
@@ -47,7 +47,7 @@ def decode(
     text: TextOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Time one decode step against the stock cache, in turn in one run, and count the bytes that are held."""
     with clean_exit():

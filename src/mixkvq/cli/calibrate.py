@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,8 +11,10 @@ from mixkvq.bench.environment import environment
 from mixkvq.calibrate.thresholds import thresholds_for_bits
 from mixkvq.cli.common import (
     DeviceOption,
+    JsonOption,
     ModelOption,
     TextOption,
+    WindowsOption,
     check_writable,
     clean_exit,
     load_model,
@@ -39,11 +40,11 @@ def thresholds(
     bf16_share: Annotated[float, typer.Option(help="Share of channels to leave in BF16.")] = 0.01,
     text: TextOption = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    count: Annotated[int, typer.Option("--windows", help="Windows of each text.")] = 4,
+    count: WindowsOption = 4,
     model: ModelOption = None,
     dtype: Annotated[str, typer.Option(help="The model's type.")] = "float32",
     device: DeviceOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Thresholds of the paper's tiers at which the `paper` cache spends the given bits, from quantiles of saliences."""
     with clean_exit():

@@ -46,6 +46,8 @@ TextOption = Annotated[
     list[Path] | None,
     typer.Option("--text", help="A text file; may be repeated.  [default: Python's language reference]"),
 ]
+WindowsOption = Annotated[int, typer.Option("--windows", help="Windows of each text.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="For example cuda or cpu.")]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,8 +11,10 @@ from mixkvq.cli.common import (
     CacheHelp,
     DeviceOption,
     InputError,
+    JsonOption,
     ModelOption,
     TextOption,
+    WindowsOption,
     check_writable,
     clean_exit,
     load_model,
@@ -35,11 +36,11 @@ def fidelity(
     cache: Annotated[list[str] | None, typer.Option(help=f"{CacheHelp}  [default: {' '.join(CACHES)}]")] = None,
     text: TextOption = None,
     window: Annotated[int, typer.Option(help="Tokens that are read from an empty cache.")] = 2048,
-    count: Annotated[int, typer.Option("--windows", help="Windows of each text.")] = 4,
+    count: WindowsOption = 4,
     model: ModelOption = None,
     dtype: Annotated[str, typer.Option(help="The model's type; float32 keeps its own rounding out.")] = "float32",
     device: DeviceOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Compare caches with full precision on text: perplexity, KL, top-1 agreement, bits, bytes."""
     with clean_exit():

@@ -16,6 +16,11 @@ from mixkvq.policies import Policy, policy_class
 from mixkvq.store import MemoryReport
 
 
+def held_tensors(layer: object) -> list[Tensor]:
+    """The tensors that a layer of the library's own holds."""
+    return [value for value in vars(layer).values() if isinstance(value, Tensor)]
+
+
 class MixKVQCache(Cache):
     """A KV cache in 2 to 4 bits for any model of transformers that goes through its attention interface.
 
@@ -57,17 +62,14 @@ class MixKVQCache(Cache):
             MixKVQLayer(config, policy, masks, expected) if type(layer) is DynamicLayer else layer
             for layer in DynamicCache(config=model_config).layers
         ]
-        if not any(isinstance(layer, MixKVQLayer) for layer in layers):
+        #: The layers that this package stores.
+        self.quantized_layers = [layer for layer in layers if isinstance(layer, MixKVQLayer)]
+        if not self.quantized_layers:
             raise UnsupportedModelError(
                 f"None of the {len(layers)} layers of this {text_config.model_type} model has full attention: there "
                 "is nothing to quantize."
             )
         super().__init__(layers=layers)
-
-    @property
-    def quantized_layers(self) -> list[MixKVQLayer]:
-        """The layers that this package stores."""
-        return [layer for layer in self.layers if isinstance(layer, MixKVQLayer)]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`MixKVQLayer.update`; layers that are not quantized return tensors."""
@@ -95,8 +97,7 @@ class MixKVQCache(Cache):
             if isinstance(layer, MixKVQLayer):
                 report += layer.memory()
             else:
-                held = (value for value in vars(layer).values() if isinstance(value, Tensor))
-                report.parts["other layers"] += sum(tensor.nbytes for tensor in held)
+                report.parts["other layers"] += sum(tensor.nbytes for tensor in held_tensors(layer))
         return report
 
     def __repr__(self) -> str:
