@@ -1,0 +1,215 @@
+"""The CUDA decode kernel: what it supports, and how a layer's tensors become its arguments."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mixkvq.kernels.cuda.module import load_kernel
+from mixkvq.kernels.tickets import tickets
+from mixkvq.quant.block import DENSE_BITS
+from mixkvq.store.layout import PageLayout
+from mixkvq.store.tensors import CacheTensors
+
+#: Warps of a block; each handles a page at a time.
+WARPS = 4
+#: Query rows of one tile of the matrix product: 8 columns, two digits a row.
+TILE_ROWS = 4
+#: Pages that a warp gets at least, where a head has enough: a part must be worth merging.
+PAGES_PER_WARP = 3
+#: The same when the number of parts is chosen: more, so that blocks are started in full rounds rather than in many.
+PLANNED_PAGES_PER_WARP = 3.5
+#: Parts of a sequence, the dense one included.
+MAX_PARTS = 256
+#: Tokens of a page.
+TOKENS = 128
+
+
+class LaunchableKernel(Protocol):
+    """What this module needs of :class:`mixkvq.kernels.cuda.module.Kernel`."""
+
+    def resident_blocks(self, threads: int) -> int: ...
+
+    def launch(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure) -> None: ...
+
+
+class Arguments(ctypes.Structure):
+    """``struct Arguments`` of ``decode.cu``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "query", "new_keys", "new_values", "output", "pages", "chunks4", "chunks16", "table", "lengths",
+            "dense_keys", "dense_values", "model_sinks", "total", "count", "part_sums", "part_stats", "tickets",
+        )),
+        ("query_strides", ctypes.c_longlong * 3),
+        ("key_strides", ctypes.c_longlong * 3),
+        ("value_strides", ctypes.c_longlong * 3),
+        ("dense_strides", ctypes.c_longlong * 2),
+        ("table_stride", ctypes.c_int),
+        ("group", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("append", ctypes.c_int),
+        ("scaling", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]  # fmt: skip
+
+
+def unsupported(query: Tensor, tensors: CacheTensors) -> str | None:
+    """Why the kernel cannot serve a step, or None if it can."""
+    layout = tensors.layout
+    checks = (
+        (not _has_bindings(), "the package cuda-bindings is missing"),
+        (layout.key_dim != layout.value_dim, "keys and values of different dimensions"),
+        (layout.key_dim not in (64, 96, 128, 256), f"head dimension {layout.key_dim}"),
+        (layout.tokens != TOKENS, f"pages of {layout.tokens} tokens"),
+        (layout.key_bits not in (2, 4) or layout.value_bits not in (2, 4), "widths other than 2 and 4 bits"),
+        (layout.key_group not in (32, 64, 128), f"key groups of {layout.key_group} tokens"),
+        (layout.key_dim // 16 % layout.value_groups != 0, f"{layout.value_groups} value groups"),
+        (layout.key_bits == 4 and bool(layout.promoted_bits), "channels promoted above 4 bits"),
+        (not set(layout.promoted_bits) <= {4, DENSE_BITS}, f"channels promoted to {layout.promoted_bits} bits"),
+        (layout.param_dtype != torch.float16, f"scales in {layout.param_dtype}"),
+        (query.dtype not in (torch.bfloat16, torch.float16), f"queries in {query.dtype}"),
+        (query.dtype != layout.dense_dtype, f"queries in {query.dtype} and a cache in {layout.dense_dtype}"),
+    )
+    return next((reason for fails, reason in checks if fails), None)
+
+
+@functools.cache
+def _has_bindings() -> bool:
+    try:
+        return find_spec("cuda.bindings") is not None
+    except ModuleNotFoundError:  # no package "cuda" either
+        return False
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cache: CacheTensors,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    append: bool = False,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """See :func:`mixkvq.kernels.decode.decode_attention`; for what :func:`unsupported` lets pass."""
+    batch, heads, length, dim = query.shape
+    kv_heads = cache.layout.kv_heads
+    query, keys, values = (_vectors(x) for x in (query, keys, values))
+    row_tiles = 2 if heads // kv_heads * length > TILE_ROWS else 1
+    kernel = _kernel(cache, query.dtype, softcap is not None, row_tiles)
+    rows = TILE_ROWS * row_tiles
+    heads_grid = kv_heads * -(-heads // kv_heads * length // rows)
+    parts = 1 + _splits(kernel, cache, batch * heads_grid)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    sums = torch.empty(batch * heads_grid * parts * rows * dim, dtype=torch.float32, device=query.device)
+    stats = torch.empty(batch * heads_grid * parts * rows * 2, dtype=torch.float32, device=query.device)
+    sinks = sinks if sinks is None else sinks.float().contiguous()
+    total, count = statistics if statistics is not None else (None, None)
+    arguments = Arguments(
+        *(_address(x) for x in (
+            query, keys, values, output, cache.pages, cache.chunks.get(4), cache.chunks.get(DENSE_BITS), cache.table,
+            cache.lengths, cache.dense_keys, cache.dense_values, sinks, total, count, sums, stats,
+            tickets(query.device, batch * heads_grid),
+        )),
+        query.stride()[:3],
+        keys.stride()[:3],
+        values.stride()[:3],
+        cache.dense_keys.stride()[:2],
+        cache.table.stride(0),
+        heads // kv_heads,
+        length,
+        append,
+        scaling,
+        softcap or 0.0,
+    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        kernel.launch((parts, heads_grid, batch), 32 * WARPS, arguments)
+    return output
+
+
+def _vectors(x: Tensor) -> Tensor:
+    """``x``, or a copy whose vectors the kernel can load 16 bytes at a time."""
+    aligned = x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return x if aligned else x.contiguous()
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _kernel(cache: CacheTensors, dtype: torch.dtype, softcap: bool, row_tiles: int) -> LaunchableKernel:
+    macros = kernel_macros(cache.layout, cache.sinks, cache.rotated, dtype, softcap, row_tiles)
+    return load_kernel("decode.cu", "decode", macros, cache.pages.device.index or 0)
+
+
+def resident_blocks(layout: PageLayout, row_tiles: int) -> int:
+    """Blocks that the compiler leaves a multiprocessor room for: as many as run without spilling registers."""
+    if layout.key_bits == 4 or layout.key_dim > 128 or row_tiles > 1:
+        return 2
+    return 4 if layout.key_group == layout.tokens else 3
+
+
+@lru_cache(maxsize=64)
+def kernel_macros(
+    layout: PageLayout, sinks: int, rotated: bool, dtype: torch.dtype, softcap: bool, row_tiles: int
+) -> tuple[tuple[str, int], ...]:
+    """The kernel's constants for a page format."""
+    page = layout.page.offsets
+    macros = {
+        "KV_HEADS": layout.kv_heads,
+        "HEAD_DIM": layout.key_dim,
+        "KEY_BITS": layout.key_bits,
+        "KEY_GROUPS": layout.tokens // layout.key_group,
+        "VALUE_BITS": layout.value_bits,
+        "VALUE_GROUPS": layout.value_groups,
+        "PAGE_BYTES": layout.page.nbytes,
+        "SINKS": sinks,
+        "ROTATED": rotated,
+        "SOFTCAP": softcap,
+        "BFLOAT16": dtype == torch.bfloat16,
+        "ROW_TILES": row_tiles,
+        "WARPS": WARPS,
+        "PAGES_PER_WARP": PAGES_PER_WARP,
+        "MAX_PARTS": MAX_PARTS,
+        "BLOCKS_PER_MULTIPROCESSOR": resident_blocks(layout, row_tiles),
+    }
+    for field in ("key_plane_0", "key_plane_1", "key_scale", "key_zero"):
+        macros[field.upper()] = page.get(field, 0)
+    for field in ("value_plane_0", "value_plane_1", "value_scale", "value_zero"):
+        macros[field.upper()] = page.get(field, 0)
+    for bits, field in ((4, "plane_0"), (DENSE_BITS, "keys")):
+        chunk = layout.chunks.get(bits)
+        macros[f"LANES{bits}"] = chunk is not None
+        macros[f"RUN_{bits}"] = page.get(f"run_{bits}", 0)
+        macros[f"FIRST_LANE_{bits}"] = page.get(f"first_lane_{bits}", 0)
+        macros[f"CHUNK{bits}_BYTES"] = chunk.nbytes if chunk else 0
+        macros[f"CHUNK{bits}_CHANNEL"] = chunk.offsets["channel"] if chunk else 0
+        macros[f"CHUNK{bits}_{field.partition('_')[0].upper()}"] = chunk.offsets[field] if chunk else 0
+    return tuple((name, int(value)) for name, value in macros.items())
+
+
+def _splits(kernel: LaunchableKernel, cache: CacheTensors, heads: int) -> int:
+    """Parts that the pages of a sequence are cut into, from what the cache could hold: its lengths are on the device.
+
+    The blocks of all ``heads``, a dense part each included, make whole rounds of what the device runs at once: the more
+    rounds the smaller the gap at the end, as long as every warp has some pages to work on.
+    """
+    slots = _multiprocessors(cache.pages.device) * kernel.resident_blocks(32 * WARPS)
+    pages = min(cache.table.shape[1], -(-cache.pages.shape[0] // cache.table.shape[0]))
+    most = int(pages / (WARPS * PLANNED_PAGES_PER_WARP))
+    rounds = max(1, (most + 1) * heads // slots)
+    return max(1, min(most, rounds * slots // heads - 1, MAX_PARTS - 1))
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,38 @@
+"""A cache's content as device kernels read it."""
+
+from __future__ import annotations
+
+import torch
+
+from mixkvq.cache import LayerCache
+from mixkvq.store.tensors import CacheTensors
+
+
+def cache_tensors(cache: LayerCache) -> CacheTensors:
+    """Copies of the books, the store's own tensors, and garbage wherever a kernel must not look.
+
+    There are ``sinks + R + 8`` dense slots; those that are not filled hold NaN.
+    """
+    store = cache.store
+    device = store.device
+    table = torch.full((store.batch, max(map(len, store.tables))), 1 << 30, dtype=torch.int32)
+    for row, pages in enumerate(store.tables):
+        table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+    dense = []
+    for tokens in (store.dense_keys, store.dense_values):
+        slots = tokens.new_full((*tokens.shape[:2], store.sinks + store.layout.tokens + 8, tokens.shape[3]), torch.nan)
+        for row in range(store.batch):
+            filled = store._filled(row)
+            slots[row, :, :filled] = tokens[row, :, :filled]
+        dense.append(slots)
+    return CacheTensors(
+        layout=store.layout,
+        sinks=store.sinks,
+        rotated=cache.rotated,
+        pages=store.pages.data,
+        chunks={bits: pool.data for bits, pool in store.chunks.items()},
+        table=table.to(device),
+        lengths=torch.tensor(store.lengths, dtype=torch.int32, device=device),
+        dense_keys=dense[0],
+        dense_values=dense[1],
+    )
