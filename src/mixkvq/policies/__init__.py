@@ -1,6 +1,6 @@
 """Who decides the bits: one file a system, one short class each, all of them in this registry."""
 
-from mixkvq.policies.base import KeyBlock, Policy
+from mixkvq.policies.base import KeyBlock, PlanRule, Policy
 from mixkvq.policies.bf16 import BF16
 from mixkvq.policies.kitty import Kitty
 from mixkvq.policies.kivi import KIVI
@@ -23,4 +23,4 @@ def policy_class(name: str) -> type[Policy]:
     return POLICIES[name]
 
 
-__all__ = ["POLICIES", "KeyBlock", "Policy", "policy_class"]
+__all__ = ["POLICIES", "KeyBlock", "PlanRule", "Policy", "policy_class"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
+
+from mixkvq.policies.tiers import Scope, promoted_count
 
 if TYPE_CHECKING:
     from mixkvq.config import MixKVQConfig, Preset
@@ -23,6 +25,30 @@ class KeyBlock:
 
     keys: Tensor
     importance: Tensor | None
+
+
+@dataclass(frozen=True)
+class PlanRule:
+    """What a policy's plan comes to, declared so that a kernel can carry it out.
+
+    Attributes:
+        score: what channels are ranked by: "error" is the sensitivity ``S_d``, "salience" is ``I_d * S_d``,
+            "magnitude" the mean ``|K|`` in the keys' own type; "none": no channel is promoted.
+        budget, scope: promote from the top, as :func:`~mixkvq.policies.tiers.promote_top`.
+        thresholds: promote above thresholds, as :func:`~mixkvq.policies.tiers.promote_above`, instead of a budget.
+    """
+
+    score: Literal["none", "error", "salience", "magnitude"]
+    budget: float | None = None
+    scope: Scope = "layer"
+    thresholds: dict[int, float] | None = None
+
+    def count(self, kv_heads: int, head_dim: int, base_bits: int) -> int:
+        """Promoted channels of each ranking: one of all heads with the scope "layer", else one per head."""
+        if self.budget is None:
+            return 0
+        rankings = 1 if self.scope == "layer" else kv_heads
+        return promoted_count(kv_heads, head_dim, base_bits, self.budget, self.scope) // rankings
 
 
 class Policy(ABC):
@@ -56,6 +82,16 @@ class Policy(ABC):
     def promoted_channels(self, kv_heads: int, head_dim: int) -> dict[int, int] | None:
         """How many channels of a page each promoted width gets, all heads together; None where data decides."""
         return {}
+
+    @property
+    def rule(self) -> PlanRule | None:
+        """The same as :meth:`plan` for kernels that plan on the device; None: there is only :meth:`plan`."""
+        return None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if vars(cls).keys() & {"plan", "score"} and "rule" not in vars(cls):
+            cls.rule = Policy.rule  # type: ignore[method-assign]  # the parent's rule would contradict the new plan
 
     @abstractmethod
     def plan(self, block: KeyBlock) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mixkvq.config import ConfigError, MixKVQConfig, Preset
-from mixkvq.policies.base import KeyBlock
+from mixkvq.policies.base import KeyBlock, PlanRule
 from mixkvq.policies.ranked import RankedPolicy
 
 SOURCE = "Kitty, arXiv 2511.18643"
@@ -34,6 +34,10 @@ class Kitty(RankedPolicy):
         super().check(config)
         if config.budget is None:
             raise ConfigError("The kitty policy needs a budget.")
+
+    @property
+    def rule(self) -> PlanRule:
+        return PlanRule("magnitude", budget=self.config.budget, scope=self.config.budget_scope)
 
     def score(self, block: KeyBlock) -> Tensor:
         return block.keys.abs().mean(2, dtype=block.keys.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mixkvq.config import ConfigError, MixKVQConfig, Preset
-from mixkvq.policies.base import KeyBlock, Policy
+from mixkvq.policies.base import KeyBlock, PlanRule, Policy
 
 SOURCE = "KIVI, arXiv 2402.02750"
 
@@ -32,6 +32,10 @@ class KIVI(Policy):
     def check(cls, config: MixKVQConfig) -> None:
         if config.budget is not None or config.tau_uint4 is not None or config.tau_bf16 is not None:
             raise ConfigError(f"The {cls.name} policy promotes no channels: leave budget and thresholds out.")
+
+    @property
+    def rule(self) -> PlanRule:
+        return PlanRule("none")
 
     def plan(self, block: KeyBlock) -> Tensor:
         n, heads, _, dim = block.keys.shape

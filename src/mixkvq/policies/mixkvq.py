@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from mixkvq.config import PROMOTED_BITS, ConfigError, MixKVQConfig, Preset
-from mixkvq.policies.base import KeyBlock
+from mixkvq.policies.base import KeyBlock, PlanRule
 from mixkvq.policies.ranked import RankedPolicy
 from mixkvq.policies.tiers import promote_above
 from mixkvq.quant.block import DENSE_BITS
@@ -82,6 +84,11 @@ class MixKVQ(RankedPolicy):
 
     def promoted_channels(self, kv_heads: int, head_dim: int) -> dict[int, int] | None:
         return super().promoted_channels(kv_heads, head_dim) if self.thresholds is None else None
+
+    @property
+    def rule(self) -> PlanRule:
+        score: Literal["salience", "error"] = "salience" if self.uses_queries else "error"
+        return PlanRule(score, self.config.budget, self.config.budget_scope, self.thresholds)
 
     def score(self, block: KeyBlock) -> Tensor:
         """``A_d [N, Hkv, D]``, or ``S_d`` alone for the ablation without the query."""
