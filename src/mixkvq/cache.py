@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from mixkvq.config import MixKVQConfig
-from mixkvq.kernels.packed import packed_attention
-from mixkvq.kernels.partial import Partial, causal, dense_attention, merge, sink_rows
+from mixkvq.kernels.decode import MAX_STEP, decode_attention, has_kernels, torch_attention
 from mixkvq.kernels.reference import dequantize_pages
-from mixkvq.policies import KeyBlock, Policy, policy_class
-from mixkvq.quant.block import DENSE_BITS, quantize_keys, quantize_values
-from mixkvq.quant.rotation import rotate
+from mixkvq.policies import Policy, policy_class
 from mixkvq.quant.salience import QueryStatistics
-from mixkvq.store import MemoryReport, PagedStore, PageLayout
-from mixkvq.store.paged import FullBlocks
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from mixkvq.recipe import Recipe, page_layout
+from mixkvq.store import MemoryReport, PagedStore
+from mixkvq.store.appending import FullBlocks
+from mixkvq.store.packing import chunk_counts
+from mixkvq.store.tensors import CacheTensors
+from mixkvq.surroundings import ordinary_tensors
 
 #: Numbers that are quantized at once when a long prompt is flushed, to bound memory.
 MAX_QUANTIZED = 1 << 23
@@ -57,25 +52,6 @@ class Step:
         return Step(query, keys, values, self.real)
 
 
-def page_layout(
-    config: MixKVQConfig, policy: Policy, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
-) -> PageLayout:
-    """The page format that a configuration leads to in a layer of the given shape."""
-    return PageLayout(
-        kv_heads=kv_heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        tokens=config.residual_length,
-        key_bits=config.key_bits,
-        key_group=config.key_group,
-        value_bits=config.value_bits,
-        value_groups=config.value_groups(value_dim),
-        promoted_bits=policy.promoted_bits,
-        param_dtype=config.param_dtype,
-        dense_dtype=dtype,
-    )
-
-
 def expected_bits(
     config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[float, float, bool]:
@@ -93,29 +69,6 @@ def expected_bits(
     return page.key_bits, page.value_bits, promoted is not None
 
 
-def _ordinary_tensors(method: Callable[P, T]) -> Callable[P, T]:
-    """Run without gradients or autocast, and outside inference mode, whose tensors could not be written to later."""
-
-    @functools.wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        # In this order: leaving inference mode switches gradients on again.
-        with torch.inference_mode(False), torch.no_grad(), autocast_off():
-            return method(*args, **kwargs)
-
-    return run
-
-
-@contextmanager
-def autocast_off() -> Iterator[None]:
-    """The cache computes in float32 whatever the model around it is cast to."""
-    with torch.autocast("cpu", enabled=False):
-        if not torch.cuda.is_available():
-            yield
-            return
-        with torch.autocast("cuda", enabled=False):
-            yield
-
-
 class LayerCache:
     """Keys and values of one attention layer, and attention over them.
 
@@ -125,22 +78,27 @@ class LayerCache:
         like: the first step, for shapes, type and device.
     """
 
-    @_ordinary_tensors
+    @ordinary_tensors
     def __init__(self, config: MixKVQConfig, policy: Policy, like: Step) -> None:
         self.config = config
         self.policy = policy
         batch, kv_heads, _, key_dim = like.keys.shape
-        layout = page_layout(config, policy, kv_heads, key_dim, like.values.shape[3], like.keys.dtype)
+        self.recipe = Recipe.of(config, policy, kv_heads, key_dim, like.values.shape[3], like.keys.dtype)
         device = like.keys.device
-        self.store = PagedStore(layout, batch, config.sinks, device)
+        self.store = PagedStore(self.recipe.layout, batch, config.sinks, device)
         self.statistics = QueryStatistics(batch, kv_heads, key_dim, device) if policy.uses_queries else None
 
     @property
     def rotated(self) -> bool:
         """Whether values are stored rotated."""
-        return self.config.value_rotation == "hadamard" and self.config.value_bits != DENSE_BITS
+        return self.recipe.rotated
 
-    @_ordinary_tensors
+    @ordinary_tensors
+    def tensors(self) -> CacheTensors:
+        """What is stored, as kernels on a device read it."""
+        return self.store.cache_tensors(self.rotated)
+
+    @ordinary_tensors
     def append(self, step: Step) -> None:
         """Store new tokens, and quantize the blocks that they complete."""
         if self.statistics is not None:
@@ -151,43 +109,32 @@ class LayerCache:
                 part = slice(start, start + size)
                 self._flush(FullBlocks(blocks.keys[part], blocks.values[part], blocks.sequences[part]))
 
-    def _check_plan(self, bits: Tensor, keys: Tensor) -> None:
-        allowed = (self.config.key_bits, *self.policy.promoted_bits)
-        wanted = torch.Size((*keys.shape[:2], keys.shape[3]))
-        if bits.shape != wanted or bits.dtype != torch.uint8 or not set(bits.unique().tolist()) <= set(allowed):
-            raise ValueError(
-                f"The policy {type(self.policy).__name__} planned {bits.dtype} {list(bits.shape)} with the widths "
-                f"{bits.unique().tolist()}; a plan is uint8 {list(wanted)}, of the widths {list(allowed)}."
-            )
-
     def _flush(self, blocks: FullBlocks) -> None:
         """Plan, quantize, pack."""
-        config = self.config
+        device = blocks.keys.device
         importance = None
         if self.statistics is not None:
-            importance = self.statistics.importance(torch.tensor(blocks.sequences, device=blocks.keys.device))
-        bits = self.policy.plan(KeyBlock(blocks.keys, importance))
-        self._check_plan(bits, blocks.keys)
-        keys = quantize_keys(
-            blocks.keys,
-            bits,
-            group=config.key_group,
-            clip=config.key_clip,
-            unbiased=config.key_unbiased,
-            param_dtype=config.param_dtype,
-        )
-        values = quantize_values(
-            blocks.values,
-            config.value_bits,
-            groups=self.store.layout.value_groups,
-            clip=config.value_clip,
-            unbiased=config.value_unbiased,
-            rotation=self.rotated,
-            param_dtype=config.param_dtype,
-        )
-        self.store.write(blocks.sequences, keys, values)
+            importance = self.statistics.importance(torch.tensor(blocks.sequences, device=device))
+        bits = self.recipe.plan(blocks.keys, importance)
+        if not has_kernels(device):
+            self.store.write(blocks.sequences, *self.recipe.quantize(blocks.keys, blocks.values, bits))
+            return
+        count = len(blocks.sequences)
+        pages, run_starts = self.store.reserve(blocks.sequences, self._chunks(bits))
+        rows = torch.arange(count, dtype=torch.int32, device=device)
+        starts = torch.zeros_like(rows)
+        pools = self.store.pages.data, self.store.chunk_data
+        self.recipe.pack_on_device(blocks.keys, blocks.values, rows, starts, bits, pages, run_starts, *pools)
 
-    @_ordinary_tensors
+    def _chunks(self, bits: Tensor) -> dict[int, list[int]]:
+        """Chunks of each block by promoted width; waits for the device only where data decides."""
+        fixed = self.recipe.chunks_per_page
+        if fixed is not None:
+            return {width: [count] * len(bits) for width, count in fixed.items()}
+        layout = self.recipe.layout
+        return {width: chunk_counts(layout, width, bits).tolist() for width in layout.promoted_bits}
+
+    @ordinary_tensors
     def attend(
         self,
         step: Step,
@@ -208,47 +155,22 @@ class LayerCache:
         Returns:
             ``[B, Hq, L, D]`` in the queries' type.
         """
-        store = self.store
-        batch, heads, length, _ = step.query.shape
-        kv_heads = store.layout.kv_heads
-        query = (step.query.float() * scaling).unflatten(1, (kv_heads, heads // kv_heads))
+        tensors = step.query, step.keys, step.values
+        if visible is None and step.length <= MAX_STEP and has_kernels(step.query.device):
+            return decode_attention(*tensors, self.tensors(), scaling=scaling, softcap=softcap, sinks=sinks)
+        pages, dense = self.store.packed(), self.store.dense()
+        return torch_attention(
+            *tensors, pages, dense, visible, rotated=self.rotated, scaling=scaling, softcap=softcap, sinks=sinks
+        )
 
-        parts: list[Partial] = []
-        pages = store.packed()
-        if pages is not None:
-            part = packed_attention(query.flatten(2, 3), pages, softcap)
-            parts.append(Partial(rotate(part.output), part.lse) if self.rotated else part)
-        parts.append(self._attend_dense(query, step, visible, softcap))
-
-        output = merge(parts, sink_rows(sinks, kv_heads, length))
-        return output.view(batch, heads, length, -1).to(step.query.dtype)
-
-    def _attend_dense(self, query: Tensor, step: Step, visible: Tensor | None, softcap: float | None) -> Partial:
-        """Attention over sinks, residual and the new tokens."""
-        dense, length = self.store.dense(), step.length
-        keys = torch.cat([dense.keys, step.keys.to(dense.keys.dtype)], 2)
-        values = torch.cat([dense.values, step.values.to(dense.values.dtype)], 2)
-        if length == 1 and dense.mask is None:
-            return dense_attention(query, keys, values, None, softcap)
-        device = step.keys.device
-        if visible is None:
-            visible = causal(length, length, device)[None]
-        past = torch.ones(1, dense.keys.shape[2], dtype=torch.bool, device=device)
-        if dense.mask is not None:
-            past = dense.mask
-        batch = max(past.shape[0], visible.shape[0])
-        past = past[:, None, :].expand(batch, length, -1)
-        seen = torch.cat([past, visible.expand(batch, -1, -1)], 2)[:, None, None]
-        return dense_attention(query, keys, values, seen, softcap)
-
-    @_ordinary_tensors
+    @ordinary_tensors
     def select(self, rows: Sequence[int]) -> None:
         """Keep the given batch rows, in that order, repeats allowed."""
         self.store.select(rows)
         if self.statistics is not None:
             self.statistics.select(torch.tensor(list(rows), dtype=torch.long, device=self.store.device))
 
-    @_ordinary_tensors
+    @ordinary_tensors
     def crop(self, removed: Sequence[int]) -> None:
         """Remove the last ``removed[b]`` tokens of every sequence.
 

@@ -7,6 +7,7 @@ from conftest import layer_cache, random_step
 from mixkvq import MixKVQConfig
 from mixkvq.cache import LayerCache, Step
 from mixkvq.kernels import packed, partial
+from mixkvq.kernels.partial import causal
 from mixkvq.kernels.reference import attention, dequantize_pages
 
 
@@ -21,7 +22,7 @@ def oracle(cache: LayerCache, step: Step, row: int, real: torch.Tensor | None = 
         keys, values = [*keys, k], [*values, v]
     past = sum(k.shape[1] for k in keys)
     keys, values = torch.cat([*keys, step.keys[row]], 1), torch.cat([*values, step.values[row]], 1)
-    visible = torch.ones(step.length, past + step.length, dtype=torch.bool).tril(past)
+    visible = causal(step.length, past + step.length, step.keys.device)
     return attention(step.query[row], keys, values, visible, **options)
 
 

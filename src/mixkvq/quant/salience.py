@@ -41,6 +41,13 @@ class QueryStatistics:
         self.total = torch.zeros(batch, kv_heads, head_dim, dtype=torch.float32, device=device)
         self.count = torch.zeros(batch, dtype=torch.float32, device=device)
 
+    @classmethod
+    def of(cls, total: Tensor, count: Tensor) -> QueryStatistics:
+        """Statistics that live in tensors of somebody else's, where :meth:`update` adds to them."""
+        statistics = cls.__new__(cls)
+        statistics.total, statistics.count = total, count
+        return statistics
+
     def update(self, query: Tensor, real: Tensor | None = None) -> None:
         """Add queries ``[B, Hq, L, D]`` after RoPE; ``real [B, L]`` bool is False at padding."""
         batch, heads, length, _ = query.shape

@@ -124,6 +124,11 @@ class PageLayout:
     def promoted_dtype(self) -> torch.dtype:
         return self.dense_dtype if self.dense_dtype.itemsize == 2 else torch.bfloat16
 
+    @property
+    def token_elements(self) -> int:
+        """Numbers of one token, keys and values together."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
     def lanes(self, bits: int) -> int:
         """Channels of a chunk of the given promoted width."""
         return 1 if bits == DENSE_BITS else PLANE_LANES

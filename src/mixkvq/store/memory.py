@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mixkvq.quant.block import DENSE_BITS
+from mixkvq.store.layout import PageLayout
 
 #: Parts that are the packed pages; everything else is kept in the model's type, or keeps the books.
 PACKED_PARTS = ("key codes", "key scales", "tier index", "value codes", "value scales")
@@ -39,6 +45,11 @@ class MemoryReport:
             self.value_code_bits + other.value_code_bits,
             self.elements + other.elements,
         )
+
+    def check(self, tensors: Iterable[Tensor]) -> None:
+        """Assert that the parts are what these tensors hold."""
+        held = sum(tensor.nbytes for tensor in tensors)
+        assert held == self.total, f"the parts come to {self.total} bytes, the tensors to {held}"
 
     @property
     def total(self) -> int:
@@ -80,3 +91,20 @@ class MemoryReport:
     def bits_held(self) -> float:
         """Bits per element over all tokens: :attr:`total` without other layers, sinks and residual included."""
         return 8 * (self.total - self.parts["other layers"]) / max(self.elements, 1)
+
+
+def packed_report(layout: PageLayout, pages: int, promoted: dict[int, int]) -> MemoryReport:
+    """Elements and bits of code in so many pages, with ``promoted`` channels of all of them together, by width."""
+    per_page = layout.kv_heads * layout.tokens
+    report = MemoryReport(
+        packed_keys=pages * per_page * layout.key_dim, packed_values=pages * per_page * layout.value_dim
+    )
+    report.key_code_bits = report.packed_keys * _code_bits(layout, layout.key_bits)
+    report.value_code_bits = report.packed_values * _code_bits(layout, layout.value_bits)
+    for bits, channels in promoted.items():
+        report.key_code_bits += channels * layout.tokens * (bits - _code_bits(layout, layout.key_bits))
+    return report
+
+
+def _code_bits(layout: PageLayout, bits: int) -> int:
+    return 8 * layout.dense_dtype.itemsize if bits == DENSE_BITS else bits

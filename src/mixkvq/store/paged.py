@@ -7,37 +7,21 @@ sinks`` belongs to block ``j // R``, which is a page once it is complete and the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixkvq.quant.affine import storable
-from mixkvq.quant.block import DENSE_BITS, QuantizedKeys, QuantizedValues
-from mixkvq.quant.planes import pack, plane_widths, split_planes
+from mixkvq.quant.block import QuantizedKeys, QuantizedValues
+from mixkvq.store.appending import FullBlocks
+from mixkvq.store.books import HostBooks
 from mixkvq.store.layout import PageLayout
-from mixkvq.store.memory import MemoryReport
+from mixkvq.store.memory import MemoryReport, packed_report
+from mixkvq.store.packing import chunk_counts, write_blocks
 from mixkvq.store.pool import ChunkPool, PagePool
-from mixkvq.store.view import PackedPages
-
-
-@dataclass(frozen=True)
-class FullBlocks:
-    """Blocks that are complete and wait to be quantized: ``keys, values [N, Hkv, R, D]``, ``sequences`` N rows."""
-
-    keys: Tensor
-    values: Tensor
-    sequences: list[int]
-
-
-@dataclass(frozen=True)
-class DenseTokens:
-    """Sinks and residual: ``keys, values [B, Hkv, T, D]``; ``mask [B, T]`` bool where sequences differ, or None."""
-
-    keys: Tensor
-    values: Tensor
-    mask: Tensor | None
+from mixkvq.store.tensors import CacheTensors, places
+from mixkvq.store.view import DenseTokens, PackedPages
 
 
 class PagedStore:
@@ -62,6 +46,12 @@ class PagedStore:
         self.dense_keys = torch.zeros(*shape, layout.key_dim, dtype=layout.dense_dtype, device=device)
         self.dense_values = torch.zeros(*shape, layout.value_dim, dtype=layout.dense_dtype, device=device)
         self._packed: PackedPages | None = None
+        self._books = HostBooks(device)
+
+    @property
+    def chunk_data(self) -> dict[int, Tensor]:
+        """The chunks' records by promoted width."""
+        return {bits: pool.data for bits, pool in self.chunks.items()}
 
     @property
     def batch(self) -> int:
@@ -95,10 +85,12 @@ class PagedStore:
             self.dense_keys[:, :, slots[0]] = keys[:, :, 0]
             self.dense_values[:, :, slots[0]] = values[:, :, 0]
         else:
-            rows, columns = torch.arange(self.batch), torch.tensor(slots)
-            self.dense_keys[rows, :, columns] = keys[:, :, 0]
-            self.dense_values[rows, :, columns] = values[:, :, 0]
+            _, filled = places(self._books.lengths(self.lengths), self.sinks, self.layout.tokens)
+            rows, columns = torch.arange(self.batch, device=self.device), filled.long()
+            self.dense_keys[rows, :, columns] = keys[:, :, 0].to(self.dense_keys.dtype)
+            self.dense_values[rows, :, columns] = values[:, :, 0].to(self.dense_values.dtype)
         self.lengths = [length + 1 for length in self.lengths]
+        self._books.step()
         full = [row for row, slot in enumerate(slots) if slot == self.sinks + self.layout.tokens - 1]
         if full:
             yield FullBlocks(self.dense_keys[full, :, self.sinks :], self.dense_values[full, :, self.sinks :], full)
@@ -122,6 +114,7 @@ class PagedStore:
             yield FullBlocks(full_keys, full_values, [row] * blocks)
         self._put(row, self._slot(self.lengths[row]), keys, values)
         self.lengths[row] += keys.shape[1]
+        self._books.forget_lengths()
 
     def _slot(self, token: int) -> int:
         """Where token number ``token`` lies among the dense slots, sinks first."""
@@ -142,108 +135,83 @@ class PagedStore:
 
     # Blocks become pages
 
-    def write(self, sequences: Sequence[int], keys: QuantizedKeys, values: QuantizedValues) -> None:
-        """Pack N quantized blocks into pages and append those to their sequences' block tables."""
+    def reserve(
+        self, sequences: Sequence[int], chunk_counts: Mapping[int, Sequence[int]]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Pages for N blocks, at the ends of their sequences' block tables, for the caller to write.
+
+        Args:
+            chunk_counts: by promoted width, the chunks of each block.
+
+        Returns:
+            ``[N]`` int32, the pages' records in their pool, and by promoted width ``[N]`` int32, the first records of
+            their runs of chunks.
+        """
+        self._tables_changed()  # first, as the view would keep pools alive that are about to grow
         pages = self.pages.allocate(len(sequences))
         for row, page in zip(sequences, pages, strict=True):
             self.tables[row].append(page)
-        at = torch.tensor(pages, device=self.device)
-        fields = self.pages.fields()
-        for name, data in self._page_fields(keys, values):
-            fields[name][at] = data.to(fields[name].dtype)
-        for bits in self.chunks:
-            self._write_chunks(bits, pages, keys)
-        self._packed = None
+        run_starts = {}
+        for bits, pool in self.chunks.items():
+            older = list(pool.runs)
+            if pool.allocate(pages, chunk_counts[bits]) and older:
+                self._write_runs(bits, older)
+            run_starts[bits] = self._numbers([pool.runs[page][0] for page in pages])
+        return self._numbers(pages), run_starts
 
-    def _page_fields(self, keys: QuantizedKeys, values: QuantizedValues) -> Iterator[tuple[str, Tensor]]:
-        layout = self.layout
-        if layout.key_bits == DENSE_BITS:
-            yield "keys", keys.dense
-        else:
-            extra = self._extra_bits(keys.bits)
-            for i, plane in enumerate(split_planes(keys.codes >> extra[:, :, None], layout.key_bits)):
-                yield f"key_plane_{i}", pack(plane, plane_widths(layout.key_bits)[i], dim=-2)
-            yield "key_scale", storable(keys.scale * 2.0 ** extra[:, :, None], layout.param_dtype)
-            yield "key_zero", keys.zero
-        if layout.value_bits == DENSE_BITS:
-            yield "values", values.dense
-        else:
-            for i, plane in enumerate(split_planes(values.codes.transpose(2, 3), layout.value_bits)):
-                yield f"value_plane_{i}", pack(plane, plane_widths(layout.value_bits)[i], dim=-1)
-            yield "value_scale", values.scale.transpose(2, 3)
-            yield "value_zero", values.zero.transpose(2, 3)
-
-    def _extra_bits(self, bits: Tensor) -> Tensor:
-        """How many low bits of each channel's codes lie outside the base planes; 0 for dense channels."""
-        return torch.where(bits == DENSE_BITS, 0, bits - self.layout.key_bits)
-
-    def _write_chunks(self, bits: int, pages: list[int], keys: QuantizedKeys) -> None:
-        """Put the channels of one promoted tier into chunks, lane after lane, head after head."""
-        promoted = keys.bits == bits
-        per_head = promoted.sum(2)
-        counts = per_head.sum(1).tolist()
-        chunk_counts = [self.layout.chunks_for(bits, count) for count in counts]
-        pool = self.chunks[bits]
-        if pool.allocate(pages, chunk_counts):
-            self._write_runs(bits, list(pool.runs))
-        else:
-            self._write_runs(bits, pages)
-        at = torch.tensor(pages, device=self.device)
-        first_lane = torch.nn.functional.pad(per_head.cumsum(1), (1, 0))
-        self.pages.fields()[f"first_lane_{bits}"][at] = first_lane.to(torch.int16)
-
-        total, width = sum(chunk_counts), self.layout.lanes(bits)
-        if not total:
-            return
-        block, head, channel = promoted.nonzero(as_tuple=True)
-        chunks = torch.tensor(chunk_counts, device=self.device)
-        channels_before = first_lane[:, -1].cumsum(0) - first_lane[:, -1]
-        lanes_before = (chunks.cumsum(0) - chunks) * width
-        lane = torch.arange(len(block), device=self.device) - channels_before[block] + lanes_before[block]
-        source = keys.dense if bits == DENSE_BITS else keys.codes & ((1 << self.layout.extra_bits(bits)) - 1)
-        lanes = source.new_zeros(total * width, self.layout.tokens)
-        lanes[lane] = source[block, head, :, channel]
-        tokens_by_lane = lanes.unflatten(0, (total, width)).transpose(1, 2)  # [chunks, R, lanes]
-
-        start = pool.runs[pages[0]][0]
-        fields = {name: view[start : start + total] for name, view in pool.fields().items()}
-        numbers = torch.zeros(total * width, dtype=torch.long, device=self.device)
-        numbers[lane] = channel
-        fields["channel"].copy_(numbers.view(total, width))
-        if bits == DENSE_BITS:
-            fields["keys"].copy_(tokens_by_lane)
-            return
-        extra = self.layout.extra_bits(bits)
-        for i, plane in enumerate(split_planes(tokens_by_lane, extra)):
-            fields[f"plane_{i}"].copy_(pack(plane, plane_widths(extra)[i], dim=-2))
+    def write(self, sequences: Sequence[int], keys: QuantizedKeys, values: QuantizedValues) -> None:
+        """Pack N quantized blocks into pages and append those to their sequences' block tables."""
+        counts = {bits: chunk_counts(self.layout, bits, keys.bits).tolist() for bits in self.chunks}
+        pages, run_starts = self.reserve(sequences, counts)
+        write_blocks(self.layout, self.pages.data, self.chunk_data, keys, values, pages, run_starts)
 
     def _write_runs(self, bits: int, pages: list[int]) -> None:
-        runs = torch.tensor([self.chunks[bits].runs[page] for page in pages], dtype=torch.int32)
-        at = torch.tensor(pages, device=self.device)
-        self.pages.fields()[f"run_{bits}"][at] = runs.to(self.device)
+        runs = self._numbers([self.chunks[bits].runs[page] for page in pages])
+        self.pages.fields()[f"run_{bits}"][self._numbers(pages).long()] = runs
+
+    def _numbers(self, numbers: Sequence[Any]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32).to(self.device)
+
+    def _tables_changed(self) -> None:
+        self._packed = None
+        self._books.forget_table()
 
     # Tokens are read
 
     def packed(self) -> PackedPages | None:
         """All pages of all sequences, in order; None if there are none."""
         if self._packed is None and any(self.tables):
-            self._packed = PackedPages.of(self.layout, self.tables, self.pages, self.chunks)
+            self._packed = PackedPages.of(self.layout, self.tables, self.pages.data, self.chunk_data)
         return self._packed
 
     def only(self, page: int) -> PackedPages:
         """A view of one page, as if it were the only page of the only sequence."""
-        return PackedPages.of(self.layout, [[page]], self.pages, self.chunks)
+        view = PackedPages.of(self.layout, [[page]], self.pages.data, self.chunk_data)
+        assert view is not None
+        return view
 
     def dense(self) -> DenseTokens:
         """Sinks and residual of all sequences."""
-        ends = [self._filled(row) for row in range(self.batch)]
-        end = max(ends, default=0)
-        keys, values = self.dense_keys[:, :, :end], self.dense_values[:, :, :end]
-        if len(set(ends)) <= 1:
-            return DenseTokens(keys, values, None)
-        # A sequence has residual tokens only once its sinks are full: what it has is always a prefix of the slots.
-        mask = torch.arange(end) < torch.tensor(ends)[:, None]
-        return DenseTokens(keys, values, mask.to(self.device))
+        return DenseTokens.of(self.dense_keys, self.dense_values, [self._filled(row) for row in range(self.batch)])
+
+    def cache_tensors(self, rotated: bool) -> CacheTensors:
+        """The same for kernels on a device. The books are copied there only when something other than a step of one
+        token has changed them.
+
+        Args:
+            rotated: whether values were rotated before they were stored.
+        """
+        return CacheTensors(
+            layout=self.layout,
+            sinks=self.sinks,
+            rotated=rotated,
+            pages=self.pages.data,
+            chunks=self.chunk_data,
+            table=self._books.table(self.tables),
+            lengths=self._books.lengths(self.lengths),
+            dense_keys=self.dense_keys,
+            dense_values=self.dense_values,
+        )
 
     # Sequences come and go
 
@@ -253,6 +221,7 @@ class PagedStore:
         for table in tables:
             self.pages.retain(table)
         old, self.tables = self.tables, tables
+        self._books.forget_lengths()
         self.lengths = [self.lengths[row] for row in rows]
         at = torch.tensor(list(rows), dtype=torch.long, device=self.device)
         self.dense_keys, self.dense_values = self.dense_keys[at], self.dense_values[at]
@@ -271,6 +240,7 @@ class PagedStore:
         self._release(self.tables[row][blocks:])
         self.tables[row] = self.tables[row][:blocks]
         self.lengths[row] = length
+        self._books.forget_lengths()
         # What was cut may be anything, and a masked slot must be finite.
         left = self._filled(row)
         self.dense_keys[row, :, left:] = 0
@@ -290,7 +260,7 @@ class PagedStore:
         dropped = self.pages.release(table)
         for pool in self.chunks.values():
             pool.release(dropped)
-        self._packed = None
+        self._tables_changed()
 
     def _compact(self) -> None:
         """Give memory back when a quarter of the pages is unused."""
@@ -303,13 +273,14 @@ class PagedStore:
             pool.compact()
             if pool.runs:
                 self._write_runs(bits, list(pool.runs))
-        self._packed = None
+        self._tables_changed()
 
     # Bytes are counted
 
     def memory(self) -> MemoryReport:
         """What this layer holds, from the sizes of its tensors."""
-        layout, report = self.layout, MemoryReport()
+        layout = self.layout
+        report = packed_report(layout, self.pages.used, {bits: self._promoted(bits) for bits in self.chunks})
         parts = report.parts
         for pool in (self.pages, *self.chunks.values()):
             for part, size in pool.record.part_bytes().items():
@@ -318,30 +289,19 @@ class PagedStore:
         dense = self.dense_keys.nbytes + self.dense_values.nbytes
         parts["sinks"] = dense * self.sinks // (self.sinks + layout.tokens)
         parts["residual"] = dense - parts["sinks"]
-        if self._packed is not None:
-            parts["tables"] = self._packed.nbytes
-        held = sum(t.nbytes for t in self.tensors())
-        assert held == report.total, f"the parts come to {report.total} bytes, the tensors to {held}"
-
-        token_elements = layout.kv_heads * (layout.key_dim + layout.value_dim)
-        report.elements = token_elements * sum(self.lengths)
-        page_elements = layout.kv_heads * layout.tokens
-        report.packed_keys = self.pages.used * page_elements * layout.key_dim
-        report.packed_values = self.pages.used * page_elements * layout.value_dim
-        report.key_code_bits = report.packed_keys * self._code_bits(layout.key_bits)
-        report.value_code_bits = report.packed_values * self._code_bits(layout.value_bits)
-        for bits in self.chunks:
-            report.key_code_bits += self._promoted(bits) * layout.tokens * (bits - self._code_bits(layout.key_bits))
+        parts["tables"] = sum(tensor.nbytes for tensor in self._held_books())
+        report.elements = layout.token_elements * sum(self.lengths)
+        report.check(self.tensors())
         return report
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is held."""
         held = [self.pages.data, *(pool.data for pool in self.chunks.values())]
         held += [self.dense_keys, self.dense_values]
-        return held + (self._packed.tensors() if self._packed is not None else [])
+        return held + self._held_books()
 
-    def _code_bits(self, bits: int) -> int:
-        return 8 * self.layout.dense_dtype.itemsize if bits == DENSE_BITS else bits
+    def _held_books(self) -> list[Tensor]:
+        return self._books.tensors() + ([] if self._packed is None else self._packed.tensors())
 
     def _promoted(self, bits: int) -> int:
         """Channels of one promoted tier, over all pages in use."""

@@ -1,0 +1,148 @@
+"""How blocks of tokens become pages: plan, quantize, pack, as one configuration and one page format want it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixkvq.config import MixKVQConfig
+from mixkvq.policies import KeyBlock, Policy
+from mixkvq.quant.block import DENSE_BITS, QuantizedKeys, QuantizedValues, quantize_keys, quantize_values
+from mixkvq.store import PageLayout
+
+
+def page_layout(
+    config: MixKVQConfig, policy: Policy, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+) -> PageLayout:
+    """The page format that a configuration leads to in a layer of the given shape."""
+    return PageLayout(
+        kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        tokens=config.residual_length,
+        key_bits=config.key_bits,
+        key_group=config.key_group,
+        value_bits=config.value_bits,
+        value_groups=config.value_groups(value_dim),
+        promoted_bits=policy.promoted_bits,
+        param_dtype=config.param_dtype,
+        dense_dtype=dtype,
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A configuration, the policy that decides the bits, and the page format that both lead to."""
+
+    config: MixKVQConfig
+    policy: Policy
+    layout: PageLayout
+
+    @classmethod
+    def of(
+        cls, config: MixKVQConfig, policy: Policy, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+    ) -> Recipe:
+        """The recipe for layers of the given shape, in a model of the given type."""
+        return cls(config, policy, page_layout(config, policy, kv_heads, key_dim, value_dim, dtype))
+
+    @property
+    def rotated(self) -> bool:
+        """Whether values are stored rotated."""
+        return self.config.value_rotation == "hadamard" and self.config.value_bits != DENSE_BITS
+
+    @property
+    def promoted(self) -> dict[int, int] | None:
+        """Channels of a page that each promoted width gets, all heads together; None where data decides."""
+        return self.policy.promoted_channels(self.layout.kv_heads, self.layout.key_dim)
+
+    @property
+    def chunks_per_page(self) -> dict[int, int] | None:
+        """Chunks of a page by promoted width, where these are the same for all pages; None where data decides."""
+        if self.promoted is None:
+            return None
+        return {bits: self.layout.chunks_for(bits, self.promoted.get(bits, 0)) for bits in self.layout.promoted_bits}
+
+    def plan(self, keys: Tensor, importance: Tensor | None) -> Tensor:
+        """Each channel's width, ``[N, Hkv, D]`` uint8, for blocks ``keys [N, Hkv, R, D]``."""
+        bits = self.policy.plan(KeyBlock(keys, importance))
+        allowed = (self.config.key_bits, *self.policy.promoted_bits)
+        wanted = torch.Size((*keys.shape[:2], keys.shape[3]))
+        if bits.shape != wanted or bits.dtype != torch.uint8 or not set(bits.unique().tolist()) <= set(allowed):
+            raise ValueError(
+                f"The policy {type(self.policy).__name__} planned {bits.dtype} {list(bits.shape)} with the widths "
+                f"{bits.unique().tolist()}; a plan is uint8 {list(wanted)}, of the widths {list(allowed)}."
+            )
+        return bits
+
+    def quantize(self, keys: Tensor, values: Tensor, bits: Tensor) -> tuple[QuantizedKeys, QuantizedValues]:
+        """Codes of blocks ``keys, values [N, Hkv, R, D]`` at planned ``bits [N, Hkv, D]``."""
+        config = self.config
+        return (
+            quantize_keys(
+                keys,
+                bits,
+                group=config.key_group,
+                clip=config.key_clip,
+                unbiased=config.key_unbiased,
+                param_dtype=config.param_dtype,
+            ),
+            quantize_values(
+                values,
+                config.value_bits,
+                groups=self.layout.value_groups,
+                clip=config.value_clip,
+                unbiased=config.value_unbiased,
+                rotation=self.rotated,
+                param_dtype=config.param_dtype,
+            ),
+        )
+
+    def plan_on_device(
+        self,
+        keys: Tensor,
+        rows: Tensor,
+        starts: Tensor,
+        active: Tensor,
+        statistics: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """The same by :func:`mixkvq.kernels.triton.plan.plan_blocks`, which see, for a policy that has a rule."""
+        from mixkvq.kernels.triton.plan import plan_blocks
+
+        assert self.policy.rule is not None
+        total, count = (None, None) if statistics is None else statistics
+        return plan_blocks(keys, rows, starts, active, total, count, self.policy.rule, self.layout)
+
+    def pack_on_device(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        rows: Tensor,
+        starts: Tensor,
+        bits: Tensor,
+        page_numbers: Tensor,
+        run_starts: dict[int, Tensor],
+        pages: Tensor,
+        chunks: dict[int, Tensor],
+    ) -> None:
+        """Quantize and pack by :func:`mixkvq.kernels.triton.pack.pack_blocks`, which see."""
+        from mixkvq.kernels.triton.pack import pack_blocks
+
+        pack_blocks(
+            keys,
+            values,
+            rows,
+            starts,
+            bits,
+            page_numbers,
+            run_starts,
+            pages,
+            chunks,
+            self.layout,
+            key_clip=self.config.key_clip,
+            key_unbiased=self.config.key_unbiased,
+            value_clip=self.config.value_clip,
+            value_unbiased=self.config.value_unbiased,
+            rotated=self.rotated,
+        )
