@@ -7,6 +7,7 @@ the layer from the handle. A model that touches keys or values in between fails 
 
 from mixkvq.adapters.transformers.attention import NAME, register
 from mixkvq.adapters.transformers.cache import MixKVQCache
+from mixkvq.adapters.transformers.static import MixKVQStaticCache
 from mixkvq.adapters.transformers.support import UnsupportedModelError
 
-__all__ = ["NAME", "MixKVQCache", "UnsupportedModelError", "register"]
+__all__ = ["NAME", "MixKVQCache", "MixKVQStaticCache", "UnsupportedModelError", "register"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
-from mixkvq.adapters.transformers.layer import KVHandle
-from mixkvq.adapters.transformers.masks import to_bool
+from mixkvq.adapters.transformers.handle import KVHandle
+from mixkvq.adapters.transformers.masks import build_mask, to_bool
 from mixkvq.adapters.transformers.support import UnsupportedModelError
 from mixkvq.kernels.partial import causal, dense_attention, merge, sink_rows
 
@@ -38,8 +38,8 @@ def attention_forward(
     Args:
         module: the attention module.
         query: ``[B, Hq, L, D]`` after RoPE.
-        key, value: handles of a :class:`MixKVQLayer`, or tensors ``[B, Hkv, T, D]``.
-        attention_mask: from :func:`transformers.masking_utils.sdpa_mask`.
+        key, value: handles of a quantized layer, or tensors ``[B, Hkv, T, D]``.
+        attention_mask: from :func:`.masks.build_mask`.
         scaling: factor of the logits; ``D ** -0.5`` if None.
         softcap: soft cap of the logits (Gemma 2).
         s_aux: ``[Hq]`` attention sink logits (GPT-OSS).
@@ -54,7 +54,9 @@ def attention_forward(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if isinstance(key, KVHandle):
-        output = key.layer.attend(module, query, attention_mask, scaling, softcap=softcap, sinks=s_aux)
+        assert isinstance(value, KVHandle)
+        tensors = query, key.tensor, value.tensor
+        output = key.layer.attend(module, *tensors, attention_mask, scaling, softcap=softcap, sinks=s_aux)
         return output.contiguous(), None
     assert isinstance(value, Tensor)
     _warn_if_stock(module, query, key)
@@ -76,6 +78,8 @@ def attention_forward(
 
 
 def _warn_if_stock(module: nn.Module, query: Tensor, key: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
     has_past = key.shape[2] > query.shape[2] and not getattr(module, "is_cross_attention", False)
     if has_past and not hasattr(key, "_mixkvq"):
         logger.warning_once(
@@ -88,4 +92,4 @@ def register() -> None:
     """Make ``attn_implementation="mixkvq"`` known to transformers. Importing :mod:`mixkvq` does it."""
     AttentionInterface.register(NAME, attention_forward)
     # Without a mask function of the same name every mask would be None, and left padding silently wrong.
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, build_mask)

@@ -10,9 +10,9 @@ from transformers.cache_utils import DynamicLayer
 
 from mixkvq.adapters.transformers.layer import MixKVQLayer
 from mixkvq.adapters.transformers.masks import MaskReader
-from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, refuse_unsupported
+from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, settings
 from mixkvq.config import MixKVQConfig
-from mixkvq.policies import Policy, policy_class
+from mixkvq.policies import Policy
 from mixkvq.store import MemoryReport
 
 
@@ -46,17 +46,8 @@ class MixKVQCache(Cache):
         config: MixKVQConfig | str = "default",
         policy: Policy | None = None,
     ) -> None:
-        if isinstance(config, str):
-            config = MixKVQConfig.parse(config)
-        if not isinstance(model_config, PreTrainedConfig):
-            raise TypeError(
-                f"MixKVQCache takes the model's configuration (model.config) first, not {type(model_config).__name__}."
-            )
+        config, policy, text_config = settings(model_config, config, policy, type(self).__name__)
         self.config = config
-        text_config = model_config.get_text_config(decoder=True)
-        refuse_unsupported(model_config, text_config)
-        if policy is None:
-            policy = policy_class(config.policy)(config)
         masks, expected = MaskReader(), ExpectedShape(text_config)
         layers = [
             MixKVQLayer(config, policy, masks, expected) if type(layer) is DynamicLayer else layer

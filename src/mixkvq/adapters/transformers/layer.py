@@ -1,52 +1,21 @@
-"""One layer's cache as transformers sees it, and the handles that it gives out instead of tensors."""
+"""One layer's cache as transformers sees it."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mixkvq.adapters.transformers.handle import KVHandle
 from mixkvq.adapters.transformers.masks import MaskReader, to_bool
-from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError
+from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, check_finite
 from mixkvq.cache import LayerCache, Step
 from mixkvq.config import MixKVQConfig
 from mixkvq.policies import Policy
 from mixkvq.store import MemoryReport
-
-
-class KVHandle:
-    """Stands for a layer's keys or values between ``update`` and the attention function.
-
-    Has ``shape`` (with all tokens seen), ``dtype`` and ``device``; anything else raises.
-    """
-
-    def __init__(self, layer: MixKVQLayer, tensor: Tensor, length: int) -> None:
-        self.layer = layer
-        self.tensor = tensor
-        self.shape = torch.Size((*tensor.shape[:2], length, tensor.shape[3]))
-        self.dtype = tensor.dtype
-        self.device = tensor.device
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise UnsupportedModelError(
-            "This model works on keys or values between the cache and the attention function, where the packed cache "
-            "has no tensors. Either the model was not loaded with attn_implementation='mixkvq', or its architecture "
-            "does not go through transformers' attention interface and cannot use MixKVQCache."
-        )
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # copying, pickling and the like ask for these and expect a plain no
-            raise AttributeError(name)
-        self._refuse()
-
-    @classmethod
-    def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:
-        cls._refuse(None)  # type: ignore[arg-type]
-
-    __getitem__ = __matmul__ = __rmatmul__ = __add__ = __mul__ = __len__ = __iter__ = _refuse
 
 
 class MixKVQLayer(CacheLayerMixin):
@@ -76,7 +45,7 @@ class MixKVQLayer(CacheLayerMixin):
         self.is_initialized = False
         self.seen = 0  # positions, padding included
         self.real: Tensor | None = None  # [B, seen] bool; None while no padding was seen
-        self.pending: tuple[Tensor, Tensor] | None = None
+        self.pending = False  # whether keys and values came for which attention was not computed yet
         self.held: Step | None = None
 
     # What transformers calls
@@ -87,11 +56,8 @@ class MixKVQLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Take new keys and values ``[B, Hkv, L, D]``; returns a handle for each, for the attention function."""
         self.expected.check(key_states)
-        if self.config.debug:
-            for name, tensor in (("keys", key_states), ("values", value_states)):
-                if not bool(tensor.isfinite().all()):
-                    raise FloatingPointError(f"The model produced NaN or infinity in its {name}.")
-        self.pending = key_states, value_states
+        check_finite(self.config, key_states, value_states)
+        self.pending = True
         length = self.seen + key_states.shape[2]
         return KVHandle(self, key_states, length), KVHandle(self, value_states, length)
 
@@ -158,17 +124,25 @@ class MixKVQLayer(CacheLayerMixin):
 
     # What the attention function calls
 
-    def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float, **options: Any) -> Tensor:
-        """Attention of ``query [B, Hq, L, D]`` over all tokens; stores the pending ones. Returns ``[B, L, Hq, D]``."""
-        if self.pending is None:
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        **options: Any,
+    ) -> Tensor:
+        """Attention of ``query [B, Hq, L, D]`` over all tokens; stores the new ones. Returns ``[B, L, Hq, D]``."""
+        if not self.pending:
             raise UnsupportedModelError(
                 "Keys and values of one layer reached the attention function twice (shared between layers?), which "
                 "the packed cache does not support."
             )
-        keys, values = self.pending
-        self.pending = None
+        self.pending = False
         visible, real = self.masks.read(mask, query.shape[0], query.shape[2])
-        step = Step(query, keys, values, real)
+        step = Step(query, key, value, real)
         self._commit()
         if self.cache is None:
             self.cache = LayerCache(self.config, self.policy, step)
@@ -181,7 +155,7 @@ class MixKVQLayer(CacheLayerMixin):
         if self.config.debug:
             self._check_past(mask, step)
         if self.seen == 0 and not any(option is not None for option in options.values()):
-            output = sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0]
+            output = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0]
         else:
             output = self.cache.attend(step, visible, scaling=scaling, **options).transpose(1, 2)
         self._take(step)

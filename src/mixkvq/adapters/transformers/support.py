@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from mixkvq.config import MixKVQConfig
+from mixkvq.policies import Policy, policy_class
+
 
 class UnsupportedModelError(RuntimeError):
     """The model's architecture does something with its keys and values that the packed cache cannot serve."""
@@ -54,3 +57,36 @@ def refuse_unsupported(config: PreTrainedConfig, text: PreTrainedConfig) -> None
         raise UnsupportedModelError(
             f"{config.model_type} is an encoder-decoder; MixKVQCache supports decoder-only models."
         )
+
+
+def check_finite(config: MixKVQConfig, keys: Tensor, values: Tensor) -> None:
+    """With ``config.debug``, raise a ``FloatingPointError`` for keys or values that are not finite."""
+    if not config.debug or (keys.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    for name, tensor in (("keys", keys), ("values", values)):
+        if not bool(tensor.isfinite().all()):
+            raise FloatingPointError(f"The model produced NaN or infinity in its {name}.")
+
+
+def settings(
+    model_config: PreTrainedConfig, config: MixKVQConfig | str, policy: Policy | None, owner: str
+) -> tuple[MixKVQConfig, Policy, PreTrainedConfig]:
+    """What a cache is made from: configuration, policy, and the decoder's part of the model's configuration.
+
+    Args:
+        config: a configuration, or text for :meth:`MixKVQConfig.parse`.
+        policy: None is the one that the configuration names.
+        owner: name of the cache's class, for errors.
+
+    Raises:
+        UnsupportedModelError: see :func:`refuse_unsupported`.
+    """
+    if isinstance(config, str):
+        config = MixKVQConfig.parse(config)
+    if not isinstance(model_config, PreTrainedConfig):
+        raise TypeError(
+            f"{owner} takes the model's configuration (model.config) first, not {type(model_config).__name__}."
+        )
+    text = model_config.get_text_config(decoder=True)
+    refuse_unsupported(model_config, text)
+    return config, policy or policy_class(config.policy)(config), text
