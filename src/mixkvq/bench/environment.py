@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -11,16 +16,47 @@ import transformers
 
 
 def environment() -> dict[str, str | int]:
-    """Machine, versions and date, to stand beside every measured figure."""
+    """Command, machine, versions and date, to stand beside every measured figure."""
     return {
+        "command": shlex.join(["mixkvq", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        **_gpu(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _triton(),
         "transformers": transformers.__version__,
         "mixkvq": _version(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _gpu() -> dict[str, str | int]:
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties()
+    return {
+        "memory": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda or "none",
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown"
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    return answer.stdout.partition("\n")[0].strip() or "unknown"
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
 
 
 def _version() -> str:

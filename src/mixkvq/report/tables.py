@@ -22,7 +22,7 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column(columns[0], overflow="fold", min_width=9)
     for column in columns[1:]:
@@ -34,7 +34,7 @@ def fidelity_table(rows: Sequence[Fidelity]) -> Table:
     """Rows by rising honest bits; key and value bits are codes / honest."""
     reference = rows[0].reference_perplexity
     title = f"Fidelity over {rows[0].tokens:,} tokens; full precision has perplexity {reference:.3f}"
-    table = _table(title, "cache", "key bits", "values", "bits", "held", "perpl.", "KL", "top-1")
+    table = new_table(title, "cache", "key bits", "values", "bits", "held", "perpl.", "KL", "top-1")
     for row in rows:
         table.add_row(
             row.cache,
@@ -51,7 +51,7 @@ def fidelity_table(rows: Sequence[Fidelity]) -> Table:
 
 def decode_table(rows: Sequence[DecodeRow]) -> Table:
     """One decode step of every cache at every context."""
-    table = _table(
+    table = new_table(
         "One decode step of the whole model; sizes against 16 bits",
         "cache",
         "type",
@@ -76,7 +76,7 @@ def decode_table(rows: Sequence[DecodeRow]) -> Table:
 
 def memory_table(report: MemoryReport) -> Table:
     """Where the bytes are."""
-    table = _table("Bytes of the cache", "part", "bytes", "share")
+    table = new_table("Bytes of the cache", "part", "bytes", "share")
     for part, held in sorted(report.parts.items(), key=lambda item: -item[1]):
         if held:
             table.add_row(part, size(held), f"{held / report.total:.0%}")
@@ -88,7 +88,7 @@ def memory_table(report: MemoryReport) -> Table:
 
 def presets_table(kv_heads: int = 8, head_dim: int = 128) -> Table:
     """The presets, with the bits that they take in a model of the given shape."""
-    table = _table(
+    table = new_table(
         f"Caches; bits per element at {kv_heads} KV heads of dimension {head_dim}",
         "name", "keys", "values", "what it is", "source",
     )  # fmt: skip

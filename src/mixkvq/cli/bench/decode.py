@@ -1,4 +1,4 @@
-"""``mixkvq bench``: what a cache costs in time and bytes."""
+"""``mixkvq bench decode``: a decode step of a real model, on any machine."""
 
 from __future__ import annotations
 
@@ -30,15 +30,7 @@ from mixkvq.evaluate.texts import windows
 from mixkvq.models import DEFAULT_MODEL, context_length
 from mixkvq.report.tables import decode_table
 
-bench = typer.Typer(help="Measure time and bytes.", no_args_is_help=True)
 
-
-@bench.callback()
-def _group() -> None:
-    pass
-
-
-@bench.command()
 def decode(
     context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache.  [default: 1024 4096]")] = None,
     cache: Annotated[list[str] | None, typer.Option(help=f"{CacheHelp}  [default: default]")] = None,

@@ -1,0 +1,70 @@
+"""All GPU measurements of the documentation, in one go of a few minutes on an H100 or H200.
+
+    python benchmarks/run_gpu.py RESULTS [--only kernel --only capacity]
+
+Writes a JSON file for each command, and the pictures, to the folder RESULTS. A command that fails does not stop the
+others; the exit status says whether any did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from mixkvq.cli import app
+
+MODEL = "--shape llama-3.1-8b"
+#: Commands by the file that they write, quickest answers first.
+COMMANDS = {
+    "kernel": "bench kernel --cache default --cache kivi-2 --cache kivi-4 --batch 8 --context 32768 "
+    "--batch 1 --context 131072 --batch 32 --context 8192",
+    "kernel_contexts": "bench kernel --cache default --batch 8 --context 4096 --context 8192 --context 16384 "
+    "--context 32768 --context 65536",
+    "kernel_wide_groups": "bench kernel --cache default --kv-heads 4 --group 8 --batch 16 --context 32768",
+    "prefill": f"bench prefill {MODEL} --batch 1 --context 16384 --repeats 3",
+    "generate": f"bench generate {MODEL} --batch 8 --context 4096 --batch 8 --context 16384 --batch 8 --context 32768 "
+    "--batch 1 --context 16384 --batch 24 --context 16384 --batch 1 --context 131072",
+    "capacity": f"bench capacity {MODEL} --context 16384 --memory 78GB",
+}
+
+
+def run(command: str, file: Path) -> bool:
+    """One command as if it had been typed; returns whether it wrote its file."""
+    sys.argv = ["mixkvq", *shlex.split(command), "--json", str(file)]
+    print("$", shlex.join(sys.argv), flush=True)
+    file.unlink(missing_ok=True)
+    start = time.perf_counter()
+    try:
+        app(sys.argv[1:], standalone_mode=False)
+    except (Exception, SystemExit) as error:  # whatever it was, the other commands are worth their time
+        print(f"failed: {type(error).__name__}: {error}", flush=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print(f"{time.perf_counter() - start:.0f} s", flush=True)
+    return file.exists()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("results", type=Path, help="the folder for the JSON files")
+    parser.add_argument("--only", action="append", choices=COMMANDS, help="run this one; may be repeated")
+    arguments = parser.parse_args()
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    files = {name: arguments.results / f"{name}.json" for name in arguments.only or COMMANDS}
+    failed = [name for name, file in files.items() if not run(COMMANDS[name], file)]
+    drawn = [str(file) for file in files.values() if file.exists()]
+    if drawn:
+        app(["bench", "plot", *drawn, "--out", str(arguments.results / "plots")], standalone_mode=False)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""``mixkvq bench plot``: pictures of results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixkvq.cli.common import InputError, clean_exit, notes
+from mixkvq.report.plots import PlotError, plot_files
+
+
+def plot(
+    files: Annotated[list[Path], typer.Argument(help="JSON files that bench commands wrote.")],
+    out: Annotated[Path, typer.Option(help="The folder for the pictures.")] = Path(),
+) -> None:
+    """Draw what the files hold: speed-up and memory over context, throughput over batch, as PNG and SVG."""
+    with clean_exit():
+        try:
+            pictures = plot_files(files, out)
+        except PlotError as error:
+            raise InputError(str(error)) from error
+        for picture in pictures:
+            notes.print(f"Wrote {picture}")
