@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-gpu lint clean
 
 demo: $(READY)
 	$(BIN)/mixkvq generate --cache default --max-new-tokens 600 --temperature 0.7
@@ -15,6 +15,10 @@ test: $(READY) lint
 
 test-fast: $(READY)
 	$(BIN)/pytest -n auto -m "not slow"
+
+# Needs an NVIDIA GPU. The kernels' tests are those of `make test`, on the device instead of emulators.
+test-gpu: $(READY)
+	$(BIN)/pytest -n 8 tests/gpu tests/kernels tests/bench
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a module with kernels is imported
 
 from mixkvq import MixKVQConfig, all_presets
 from mixkvq.cache import LayerCache, Step
