@@ -66,15 +66,15 @@ def requested() -> int:
 @pytest.mark.parametrize("preset", ["default", "kivi-2", "paper:tau_uint4=1.5,tau_bf16=4"])
 def test_the_allocator_holds_what_memory_reports(preset: str):
     step = to_gpu(random_step(2, 128 * 200 + 30, heads=32, kv_heads=8, dim=128, dtype=torch.bfloat16))
+    config = MixKVQConfig.parse(preset)
+    layer_cache(config, step).append(step)  # what libraries and kernels keep once for all caches is taken now
     torch.cuda.synchronize()
-    torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")  # cuBLAS takes its workspace
     before = requested()
-    cache = layer_cache(MixKVQConfig.parse(preset), step)
+    cache = layer_cache(config, step)
     cache.append(step)
     held = requested() - before
     reported = cache.memory().total
-    rotation = 128 * 128 * 4
-    assert reported <= held <= reported + rotation
+    assert held == reported
     assert cache.memory().parts["spare"] < 0.04 * reported
     if preset == "default":
         assert reported < cache.memory().bf16 / 5

@@ -167,6 +167,7 @@ inline u16 load16(const u8* p) { return load<u16>(p); }
 inline u32 load32(const u8* p) { return load<u32>(p); }
 inline Words2 load64(const u8* p) { return load<Words2>(p); }
 inline Words4 load128(const u8* p) { return load<Words4>(p); }
+inline void settle(int&) {}
 inline int thread_index() { return int(threadIdx.x); }
 
 // Nothing arrives before it is waited for.

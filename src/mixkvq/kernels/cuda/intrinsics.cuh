@@ -30,6 +30,10 @@ __device__ __forceinline__ int thread_index() {
     return index;
 }
 
+// Waits for a number that is being loaded. Later uses then have nothing to wait for: the hardware's few scoreboards are
+// shared, and a use can otherwise wait for younger loads that have the same one.
+__device__ __forceinline__ void settle(int& x) { asm volatile("mov.b32 %0, %0;" : "+r"(x)); }
+
 // Copies 16 bytes to shared memory; they are there after commit_copies and wait_copies.
 __device__ __forceinline__ void copy16(void* shared, const u8* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(shared))), "l"(from));

@@ -148,8 +148,13 @@ __device__ __forceinline__ void base_sums(const KeyWords& words, const KeyOperan
 
 // Where a head's promoted channels lie: its first chunk, and its lanes counted from the beginning of that one.
 struct Run {
-    int chunk, first, end;
+    int chunk = 0, first = 0, end = 0;
 
+    __device__ __forceinline__ void settle_all() {
+        settle(chunk);
+        settle(first);
+        settle(end);
+    }
     __device__ __forceinline__ int chunks() const { return end > first ? (end + 15) >> 4 : 0; }
 };
 

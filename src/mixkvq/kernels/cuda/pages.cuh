@@ -6,32 +6,42 @@
 // The pages of a warp. Every lane looks one of the next 32 up, so that nothing is waited for at a page's turn.
 struct PageReader {
     const Arguments& a;
-    const int* table;
-    int head, index, end, lane, turn;
-    int number;              // of this lane's page
-    Run runs, dense_runs;    // of this lane's page, from the first of its head's chunks
-    const u8* page;          // the one whose turn it is, or null
+    const Rows& rows;
+    int index, end, turn;
+    int number = 0;        // of this lane's page
+    Run runs, dense_runs;  // of this lane's page, from the first of its head's chunks
+    const u8* page;        // the one whose turn it is, or null
     Run run, dense_run;
 
-    __device__ PageReader(const Arguments& a, const Rows& rows, int begin, int end, int lane)
-        : a(a), table(a.table + (long long)rows.batch * a.table_stride), head(rows.head), index(begin), end(end), lane(lane) {
+    __device__ PageReader(const Arguments& a, const Rows& rows, int begin, int end)
+        : a(a), rows(rows), index(begin), end(end) {
         look_up();
         take();
     }
     __device__ __forceinline__ void look_up() {
         turn = 0;
-        if (index + lane * WARPS >= end) return;
-        number = table[index + lane * WARPS];
+        const int mine = index + (threadIdx.x & 31) * WARPS;
+        if (mine >= end) return;
+        number = a.table[(long long)rows.batch * a.table_stride + mine];
         const u8* record = a.pages + (long long)number * PAGE_BYTES;
-        if (LANES4) runs = load_run(record, RUN_4, FIRST_LANE_4, head, 16);
-        if (LANES16) dense_runs = load_run(record, RUN_16, FIRST_LANE_16, head, 1);
+        if (LANES4) runs = load_run(record, RUN_4, FIRST_LANE_4, rows.head, 16);
+        if (LANES16) dense_runs = load_run(record, RUN_16, FIRST_LANE_16, rows.head, 1);
+    }
+    // What look_up loads has arrived.
+    __device__ __forceinline__ void settle_look_up() {
+        settle(number);
+        if (LANES4) runs.settle_all();
+        if (LANES16) dense_runs.settle_all();
     }
     __device__ __forceinline__ void take() {
         page = index < end ? a.pages + (long long)__shfl_sync(ALL_LANES, number, turn) * PAGE_BYTES : nullptr;
     }
     __device__ __forceinline__ void advance() {
         index += WARPS;
-        if (++turn == 32) look_up();
+        if (++turn == 32) {
+            look_up();
+            settle_look_up();
+        }
         take();
     }
     __device__ __forceinline__ Run of_turn(const Run& of_lane) const {
@@ -39,33 +49,33 @@ struct PageReader {
                 __shfl_sync(ALL_LANES, of_lane.end, turn)};
     }
     // Every call commits, also past the last page, so that commits can be counted.
-    __device__ __forceinline__ void copy_keys(WarpMemory& memory) {
+    __device__ __forceinline__ void copy_keys(WarpMemory& memory, int lane) {
         if (page) {
             if (LANES4) run = of_turn(runs);
             if (LANES16) dense_run = of_turn(dense_runs);
-            copy_params(KEY_SCALE, KEY_ZERO, KEY_PARAM_BYTES, memory.key_params[0]);
+            copy_params(KEY_SCALE, KEY_ZERO, KEY_PARAM_BYTES, memory.key_params[0], lane);
             if (LANES4) copy_chunks(a.chunks4, run, 0, lane, memory);
         }
         commit_copies();
     }
-    __device__ __forceinline__ void copy_values(WarpMemory& memory) const {
+    __device__ __forceinline__ void copy_values(WarpMemory& memory, int lane) const {
         if (page) {
-            copy_params(VALUE_SCALE, VALUE_ZERO, VALUE_PARAM_BYTES, memory.value_params[0]);
-            copy_field(VALUE_PLANE_0, VALUE_PLANE_BYTES, memory.value_planes[0]);
-            if (VALUE_BITS == 4) copy_field(VALUE_PLANE_1, VALUE_PLANE_BYTES, memory.value_planes[VALUE_BITS / 2 - 1]);
+            copy_params(VALUE_SCALE, VALUE_ZERO, VALUE_PARAM_BYTES, memory.value_params[0], lane);
+            copy_field(VALUE_PLANE_0, VALUE_PLANE_BYTES, memory.value_planes[0], lane);
+            if (VALUE_BITS == 4) copy_field(VALUE_PLANE_1, VALUE_PLANE_BYTES, memory.value_planes[VALUE_BITS / 2 - 1], lane);
         }
         commit_copies();
     }
     // This head's part of a field.
-    __device__ __forceinline__ void copy_field(u32 field, int bytes, u8* to) const {
+    __device__ __forceinline__ void copy_field(u32 field, int bytes, u8* to, int lane) const {
 #pragma unroll
-        for (int i = 16 * lane; i < bytes; i += 512) copy16(to + i, page + field + head * bytes + i);
+        for (int i = 16 * lane; i < bytes; i += 512) copy16(to + i, page + field + rows.head * bytes + i);
     }
-    __device__ __forceinline__ void copy_params(u32 scale, u32 zero, int bytes, u8* to) const {
+    __device__ __forceinline__ void copy_params(u32 scale, u32 zero, int bytes, u8* to, int lane) const {
 #pragma unroll
         for (int start = 0; start < 2 * bytes; start += 512) {
             const int i = start + 16 * lane;
-            if (i < 2 * bytes) copy16(to + i, page + (i < bytes ? scale + head * bytes + i : zero + head * bytes + i - bytes));
+            if (i < 2 * bytes) copy16(to + i, page + (i < bytes ? scale : zero - bytes) + rows.head * bytes + i);
         }
     }
 };
@@ -78,11 +88,12 @@ __device__ void attend_packed(const Arguments& a, const Rows& rows, int begin, i
     KeyWords keys;
     Query query;
     query.load(a, rows);
-    PageReader reader(a, rows, begin + t.warp, end, t.lane);
+    PageReader reader(a, rows, begin + t.warp, end);
     if (reader.page) keys.load(reader.page, rows.head, t);
-    reader.copy_keys(mine);
-    reader.copy_values(mine);
+    reader.copy_keys(mine, t.lane);
+    reader.copy_values(mine, t.lane);
     query.store(a, memory.query);
+    reader.settle_look_up();
     // What a phase has used up is brought for the next page at once: it has the other phase's time to arrive.
     while (reader.page) {
         const Run run = reader.run, dense_run = reader.dense_run;
@@ -96,7 +107,7 @@ __device__ void attend_packed(const Arguments& a, const Rows& rows, int begin, i
         if (reader.page) keys.load(reader.page, rows.head, t);
         if (LANES4) lane_sums(a.chunks4, run, operand, mine, t, key_sums);
         __syncwarp();
-        reader.copy_keys(mine);
+        reader.copy_keys(mine, t.lane);
         Logits logits;
         to_logits(key_sums, operand, t, logits);
         if (LANES16) add_dense_lanes(a.chunks16, dense_run, memory.query, t, logits);
@@ -108,7 +119,7 @@ __device__ void attend_packed(const Arguments& a, const Rows& rows, int begin, i
         prepare_values(mine, t, share, value_operand, state);
         add_values(mine, t, value_operand, share, state);
         __syncwarp();
-        reader.copy_values(mine);
+        reader.copy_values(mine, t.lane);
     }
     wait_copies<0>();
     // The warps' parts become one.
