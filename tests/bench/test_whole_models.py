@@ -1,12 +1,15 @@
 """Measurements of a whole model, at a tiny size."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from mixkvq import MixKVQConfig
 from mixkvq.bench import generate
 from mixkvq.bench.capacity import NoRoomError, bench_capacity, largest
-from mixkvq.bench.decoding import SplitKVDecoding, StockDecoding
+from mixkvq.bench.decoding import PackedDecoding, SplitKVDecoding, StockDecoding, packed_blocks
 from mixkvq.bench.generate import bench_generate, measure
 from mixkvq.bench.prefill import bench_prefill
 from mixkvq.bench.profiling import flush_kernels
@@ -58,6 +61,19 @@ def test_split_kv_decodes_as_sdpa_does():
                 tokens.append(decoding.tokens.clone())
         outputs.append(torch.cat(tokens, 1))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("kind", ["split-kv", "sdpa", "packed"])
+def test_a_cache_that_was_measured_is_not_kept(model, kind: str):
+    if kind == "packed":
+        decoding = PackedDecoding(model, packed_blocks(model, CACHES["default"]), 1, 200, 4)
+    else:
+        decoding = {"split-kv": SplitKVDecoding, "sdpa": StockDecoding}[kind](model, 1, 20, 4)
+    decoding.step()
+    cache = weakref.ref(decoding.cache)
+    del decoding
+    gc.collect()
+    assert cache() is None
 
 
 def test_models_with_windows_are_refused():

@@ -6,6 +6,7 @@ it can be captured as a CUDA graph.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -124,7 +125,9 @@ class SplitKVDecoding(StockDecoding):
         )
 
     def step(self) -> None:
-        AttentionInterface.register(SPLIT_KV, self._attend)
+        # Weakly: the registry would hold this cache beside the next one.
+        mine = weakref.WeakMethod(self._attend)
+        AttentionInterface.register(SPLIT_KV, lambda *args, **kwargs: mine()(*args, **kwargs))  # type: ignore[misc]
         super().step()
 
     def arguments(self) -> dict[str, Any]:
