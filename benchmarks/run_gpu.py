@@ -1,8 +1,8 @@
 """All GPU measurements of the documentation, in one go of a few minutes on an H100 or H200.
 
-    python benchmarks/run_gpu.py RESULTS [--only kernel --only capacity]
+    python benchmarks/run_gpu.py benchmarks/h200 [--only kernel --only capacity]
 
-Writes a JSON file for each command, and the pictures, to the folder RESULTS. A command that fails does not stop the
+Writes a JSON file for each command, and the pictures, to the folder. A command that fails does not stop the
 others; the exit status says whether any did.
 """
 
@@ -22,15 +22,14 @@ from mixkvq.cli import app
 MODEL = "--shape llama-3.1-8b"
 #: Commands by the file that they write, quickest answers first.
 COMMANDS = {
-    "kernel": "bench kernel --cache default --cache kivi-2 --cache kivi-4 --batch 8 --context 32768 "
-    "--batch 1 --context 131072 --batch 32 --context 8192",
-    "kernel_contexts": "bench kernel --cache default --batch 8 --context 4096 --context 8192 --context 16384 "
-    "--context 32768 --context 65536",
-    "kernel_wide_groups": "bench kernel --cache default --kv-heads 4 --group 8 --batch 16 --context 32768",
+    "kernel": "bench kernel --cache default --cache kivi-4 --cache paper:tau_bf16=5.2,tau_uint4=3.214 "
+    "--cache kivi-2 --batch 8 --context 32768 --batch 1 --context 131072 --batch 32 --context 4096",
+    "kernel_contexts": "bench kernel --cache default --batch 8 --context 4096 --context 8192 "
+    "--context 16384 --context 32768 --context 65536",
     "prefill": f"bench prefill {MODEL} --batch 1 --context 16384 --repeats 3",
-    "generate": f"bench generate {MODEL} --batch 8 --context 4096 --batch 8 --context 16384 --batch 8 --context 32768 "
-    "--batch 1 --context 16384 --batch 24 --context 16384 --batch 1 --context 131072",
-    "capacity": f"bench capacity {MODEL} --context 16384 --memory 78GB",
+    "capacity": f"bench capacity {MODEL} --context 16384",
+    "generate": f"bench generate {MODEL} --batch 1 --context 32768 --batch 8 --context 4096 "
+    "--batch 8 --context 16384 --batch 8 --context 32768 --batch 24 --context 16384 --batch 1 --context 131072",
 }
 
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import transformers
 def environment() -> dict[str, str | int]:
     """Command, machine, versions and date, to stand beside every measured figure."""
     return {
-        "command": shlex.join(["mixkvq", *sys.argv[1:]]),
+        "command": _command(sys.argv[1:]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         **_gpu(),
         "threads": torch.get_num_threads(),
@@ -29,6 +30,13 @@ def environment() -> dict[str, str | int]:
         "mixkvq": _version(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """What was typed, but for where the results were written."""
+    after = ["", *arguments]
+    kept = [word for word, before in zip(arguments, after, strict=False) if "--json" not in (word, before)]
+    return shlex.join(["mixkvq", *(word for word in kept if not word.startswith("--json="))])
 
 
 def _gpu() -> dict[str, str | int]:
