@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from mixkvq.adapters.transformers import NAME
+from mixkvq.adapters.transformers import NAME, MixKVQCache, MixKVQStaticCache
 from mixkvq.models import attention
 
 
@@ -64,7 +64,8 @@ def generate_text(
     """Generate from ``ids [1, L]``.
 
     Args:
-        cache: a fresh :class:`MixKVQCache`, or None for the stock cache with the library's attention.
+        cache: a fresh one of this package's, or of the library's, which gets the library's attention; None is a
+            DynamicCache.
         temperature: 0 is greedy.
         stream: print the text as it comes.
     """
@@ -74,12 +75,14 @@ def generate_text(
         sampling = {"do_sample": True, "temperature": temperature}
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None  # type: ignore[arg-type]
-    with attention(model, "sdpa" if cache is None else NAME):
+    if cache is None:
+        cache = DynamicCache(config=model.config)
+    with attention(model, NAME if isinstance(cache, (MixKVQCache, MixKVQStaticCache)) else "sdpa"):
         start = time.perf_counter()
         out = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=DynamicCache(config=model.config) if cache is None else cache,
+            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=streamer,

@@ -87,6 +87,16 @@ def test_generate_as_json(folder: Path):
     assert 0 <= data["compare"]["common_prefix_tokens"] <= data["new_tokens"] <= 20
 
 
+def test_generate_with_a_cache_of_a_fixed_size_writes_the_same(folder: Path):
+    options = ["--model", folder, "--max-new-tokens", 160, "--dtype", "float32", "--json"]
+    growing, fixed = (
+        json.loads(run("generate", "w5 w9 w11", *options, *more).stdout) for more in ([], ["--compile", "--compare"])
+    )
+    assert fixed["text"] == growing["text"]
+    assert fixed["bits"] == growing["bits"]
+    assert fixed["compare"]["common_prefix_tokens"] > 0
+
+
 def test_generate_compares_and_samples(folder: Path):
     options = ("--model", folder, "--max-new-tokens", 12, "--dtype", "float32", "--compare")
     same = run("generate", "w5 w9", *options, "--cache", "bf16").output

@@ -9,9 +9,9 @@ import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
-from mixkvq.adapters.transformers import MixKVQCache
+from mixkvq.adapters.transformers import MixKVQCache, MixKVQStaticCache
 from mixkvq.cli.common import (
     CacheHelp,
     DeviceOption,
@@ -28,6 +28,7 @@ from mixkvq.config import MixKVQConfig
 from mixkvq.generation import Generation, generate_text
 from mixkvq.models import context_length
 from mixkvq.report.tables import memory_table, size
+from mixkvq.store import MemoryReport
 
 PROMPT = "Write a long and detailed story about an old lighthouse keeper who finds a message in a bottle."
 
@@ -42,6 +43,10 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Do not use the model's chat template.")] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Run BF16 beside it, and show where the texts part.")
+    ] = False,
+    fixed: Annotated[
+        bool,
+        typer.Option("--compile", help="Allocate the cache once, so that a GPU decodes by CUDA graphs. Starts slowly."),
     ] = False,
     dtype: Annotated[str, typer.Option(help="The model's type.")] = "bfloat16",
     device: DeviceOption = None,
@@ -68,20 +73,31 @@ def generate(
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         if not as_json:
             notes.print(question.strip()[:400] + "\n", style="dim", markup=False, highlight=False)
-        packed = MixKVQCache(network.config, config)
+        packed, stock_cache = _caches(network, config, ids.shape[1] + max_new_tokens if fixed else None)
         ours = generate_text(network, tokenizer, ids, packed, stream=not as_json, **options)
         stock = None
         if compare:
             with notes.status("The same with a BF16 cache …"):
-                stock = generate_text(network, tokenizer, ids, None, stream=False, **options)
+                stock = generate_text(network, tokenizer, ids, stock_cache, stream=False, **options)
         if as_json:
-            print_json(_as_dict(cache, packed, ours, stock))
+            print_json(_as_dict(cache, packed.memory(), ours, stock))
             return
         output.print()
-        output.print(_summary(cache, packed, ours, stock))
-        output.print(memory_table(packed.memory()))
+        memory = packed.memory()
+        output.print(_summary(cache, memory, ours, stock))
+        output.print(memory_table(memory))
         if stock is not None:
             _print_difference(tokenizer, ours, stock)
+
+
+def _caches(
+    model: PreTrainedModel, config: MixKVQConfig, length: int | None
+) -> tuple[MixKVQCache | MixKVQStaticCache, StaticCache | None]:
+    """The cache, and the library's own one to compare it with: of a fixed length, or growing (None)."""
+    if length is None:
+        return MixKVQCache(model.config, config), None
+    packed = MixKVQStaticCache(model.config, config, max_tokens=length)
+    return packed, StaticCache(config=model.config, max_cache_len=length)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, question: str, raw: bool) -> torch.Tensor:
@@ -92,14 +108,14 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, question: str, raw: bool) -> tor
     return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
 
 
-def _summary(name: str, cache: MixKVQCache, ours: Generation, stock: Generation | None) -> Table:
-    memory = cache.memory()
+def _summary(name: str, memory: MemoryReport, ours: Generation, stock: Generation | None) -> Table:
     table = Table(title=f"{ours.prompt_tokens} tokens read, {len(ours.tokens)} written", title_justify="left")
     for column in ("cache", "bytes held", "against BF16", "bits per element, packed", "tokens per second"):
         table.add_column(column, justify="left" if column == "cache" else "right")
     packed = f"{memory.bits:.2f}" if memory.packed_keys else "nothing packed yet"
     ratio = memory.bf16 / memory.total
-    table.add_row(name, size(memory.total), f"{ratio:.2f}x smaller", packed, f"{ours.tokens_per_second:.1f}")
+    against = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
+    table.add_row(name, size(memory.total), against, packed, f"{ours.tokens_per_second:.1f}")
     speed = "" if stock is None else f"{stock.tokens_per_second:.1f}"
     table.add_row("BF16", size(memory.bf16), "", "16", speed)
     return table
@@ -118,8 +134,7 @@ def _print_difference(tokenizer: PreTrainedTokenizerBase, ours: Generation, stoc
         output.print(line.replace("\n", " "), highlight=False)
 
 
-def _as_dict(name: str, cache: MixKVQCache, ours: Generation, stock: Generation | None) -> dict[str, Any]:
-    memory = cache.memory()
+def _as_dict(name: str, memory: MemoryReport, ours: Generation, stock: Generation | None) -> dict[str, Any]:
     result = {
         "cache": name,
         **ours.as_dict(),

@@ -24,6 +24,7 @@ constexpr int STAGED_BYTES = LANES4 ? CHUNK4_BYTES : 16;
 constexpr int PRODUCT_STRIDE = HEAD_DIM + 8;  // rows of a shared array on different banks
 constexpr int WEIGHT_STRIDE = TOKENS + 24;
 constexpr int MAX_DENSE = SINKS + TOKENS + 16;
+constexpr int DENSE_SLICES = THREADS / (HEAD_DIM / 2) ? THREADS / (HEAD_DIM / 2) : 1;  // of the dense tokens, summed apart
 constexpr float LOG2_E = 1.4426950408889634f;
 // Adding it leaves the nearest integer in the low bits of a float.
 constexpr float TO_INTEGER = 12582912.f;
@@ -129,6 +130,7 @@ struct PackedMemory {
 struct DenseMemory {
     alignas(16) float query[ROWS][HEAD_DIM];
     float weights[ROWS][MAX_DENSE];
+    alignas(16) float sums[DENSE_SLICES][ROWS][HEAD_DIM];
 };
 
 struct MergeMemory {

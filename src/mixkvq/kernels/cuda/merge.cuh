@@ -40,15 +40,24 @@ __device__ void merge_parts(const Arguments& a, const Rows& rows, int parts, con
     // Part 0 is the dense one, which is not rotated.
     for (int j = 4 * threadIdx.x; j < ROWS * HEAD_DIM; j += 4 * THREADS) {
         const int row = j / HEAD_DIM;
+        constexpr int BATCH = 8;  // loads in flight
         float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-        for (int p = 1; p < parts; ++p) {
-            const float4 x = *reinterpret_cast<const float4*>(sums + (long long)p * ROWS * HEAD_DIM + j);
-            const float weight = memory.weights[row][p];
-            sum.x = fmaf(weight, x.x, sum.x);
-            sum.y = fmaf(weight, x.y, sum.y);
-            sum.z = fmaf(weight, x.z, sum.z);
-            sum.w = fmaf(weight, x.w, sum.w);
+        for (int start = 1; start < parts; start += BATCH) {
+            float4 x[BATCH];
+#pragma unroll
+            for (int k = 0; k < BATCH; ++k) {
+                const int p = start + k;
+                x[k] = make_float4(0, 0, 0, 0);
+                if (p < parts) x[k] = *reinterpret_cast<const float4*>(sums + (long long)p * ROWS * HEAD_DIM + j);
+            }
+#pragma unroll
+            for (int k = 0; k < BATCH; ++k) {
+                const float weight = start + k < parts ? memory.weights[row][start + k] : 0.f;
+                sum.x = fmaf(weight, x[k].x, sum.x);
+                sum.y = fmaf(weight, x[k].y, sum.y);
+                sum.z = fmaf(weight, x[k].z, sum.z);
+                sum.w = fmaf(weight, x[k].w, sum.w);
+            }
         }
         *reinterpret_cast<float4*>(&memory.packed[row][j % HEAD_DIM]) = sum;
     }
