@@ -265,23 +265,31 @@ __device__ __forceinline__ void to_logits(const KeySums& sums, const KeyOperand&
     }
 }
 
-// Channels that are not quantized: one record each.
+// Channels that are not quantized: one record each, two at a time so that more loads are in flight.
 __device__ __forceinline__ void add_dense_lanes(const u8* chunks, const Run& run, const float (*query)[HEAD_DIM], const Thread& t,
                                                 Logits& logits) {
-    for (int lane = run.first; lane < run.end; ++lane) {
-        const u8* record = chunks + (long long)(run.chunk + lane) * CHUNK16_BYTES;
-        const int channel = load16(record + CHUNK16_CHANNEL) & 0xff;
-        float q[ROW_TILES];
+    for (int first = run.first; first < run.end; first += 2) {
+        u32 keys[2][8];
+        int channel[2];
 #pragma unroll
-        for (int tile = 0; tile < ROW_TILES; ++tile) q[tile] = query[4 * tile + t.tig][channel];
+        for (int i = 0; i < 2; ++i) {
+            // Past the end the last one is read again, and left out below.
+            const u8* record = chunks + (long long)(run.chunk + min(first + i, run.end - 1)) * CHUNK16_BYTES;
+            channel[i] = load16(record + CHUNK16_CHANNEL) & 0xff;
 #pragma unroll
-        for (int plane = 0; plane < 8; ++plane) {
-            const u32 keys = load32(record + CHUNK16_KEYS + 32 * plane + 4 * t.quad);
+            for (int plane = 0; plane < 8; ++plane) keys[i][plane] = load32(record + CHUNK16_KEYS + 32 * plane + 4 * t.quad);
+        }
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float key = to_float(u16(keys >> (16 * i)));
+        for (int i = 0; i < 2; ++i) {
 #pragma unroll
-                for (int tile = 0; tile < ROW_TILES; ++tile) logits[plane][i][tile] = fmaf(q[tile], key, logits[plane][i][tile]);
+            for (int tile = 0; tile < ROW_TILES; ++tile) {
+                if (first + i >= run.end) continue;
+                const float q = query[4 * tile + t.tig][channel[i]];
+#pragma unroll
+                for (int plane = 0; plane < 8; ++plane) {
+                    logits[plane][0][tile] = fmaf(q, to_float(u16(keys[i][plane])), logits[plane][0][tile]);
+                    logits[plane][1][tile] = fmaf(q, to_float(u16(keys[i][plane] >> 16)), logits[plane][1][tile]);
+                }
             }
         }
     }
