@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor
@@ -70,6 +72,7 @@ class ModelCache:
         Returns:
             Whether tensors were allocated; those of an earlier start are used again if they fit.
         """
+        self._check_turn(0)
         batch, kv_heads, _, key_dim = keys.shape
         recipe = Recipe.of(self.config, self.policy, kv_heads, key_dim, values.shape[3], keys.dtype)
         shape = StaticShape(
@@ -90,18 +93,22 @@ class ModelCache:
         self._store, self._rehearsed = new_store(shape, self.capacity, keys.device), False
         return True
 
-    def _turn(self, layer: int) -> None:
+    def _check_turn(self, layer: int) -> None:
         if layer != self._next:
+            turn = f"it was the turn of layer {self._next}" if self._next < self.layers else "a layer was not finished"
             raise ValueError(
-                f"Layer {layer} of this cache got tokens when it was the turn of layer {self._next}: the last forward "
-                "pass was interrupted, the model shares keys and values between layers, or the cache was built for "
-                "another model. reset() the cache, or use MixKVQCache."
+                f"Layer {layer} of this cache got tokens when {turn}: the last forward pass was interrupted, the model "
+                "shares keys and values between layers, or the cache was built for another model. reset() the cache, "
+                "or use MixKVQCache."
             )
 
-    def _done(self) -> bool:
-        """Whether the layer whose turn it was is the last one; passes the turn on."""
-        self._next = (self._next + 1) % self.layers
-        return self._next == 0
+    @contextmanager
+    def _turn(self, layer: int) -> Iterator[None]:
+        """Store one layer's tokens. If that is interrupted, it is nobody's turn until :meth:`reset`."""
+        self._check_turn(layer)
+        self._next = self.layers
+        yield
+        self._next = (layer + 1) % self.layers
 
     # A few tokens
 
@@ -122,7 +129,7 @@ class ModelCache:
         Returns:
             ``[B, Hq, L, D]`` in the queries' type.
         """
-        self._turn(layer)
+        self._check_turn(layer)
         store, length = self.store, step.length
         if step.query.shape[0] != store.shape.batch:
             raise ValueError(
@@ -131,20 +138,21 @@ class ModelCache:
             )
         if layer == 0 and self.steps < length:
             raise self._full(f"there is room for {self.steps} more tokens of each sequence, and {length} came")
-        output = decode_attention(
-            step.query,
-            step.keys,
-            step.values,
-            store.tensors(layer),
-            scaling=scaling,
-            softcap=softcap,
-            sinks=sinks,
-            append=True,
-            statistics=store.statistics(layer),
-        )
-        if self._done():
-            self.steps -= length
-            flush_step(store, self.recipe, length)
+        with self._turn(layer):
+            output = decode_attention(
+                step.query,
+                step.keys,
+                step.values,
+                store.tensors(layer),
+                scaling=scaling,
+                softcap=softcap,
+                sinks=sinks,
+                append=True,
+                statistics=store.statistics(layer),
+            )
+            if layer == self.layers - 1:
+                self.steps -= length
+                flush_step(store, self.recipe, length)
         return output
 
     # A prompt
@@ -156,7 +164,7 @@ class ModelCache:
         Raises:
             CacheFullError: they do not fit; nothing has changed then.
         """
-        self._turn(0)
+        self._check_turn(0)
         store, books = self.store, self.store.books
         self.check()
         lengths = books.lengths.tolist()
@@ -212,18 +220,18 @@ class ModelCache:
     @ordinary_tensors
     def append(self, layer: int, step: Step) -> None:
         """Store one layer's tokens as :meth:`begin` planned."""
-        self._turn(layer)
         assert self._plan is not None
         store, plan, statistics = self.store, self._plan, self.store.statistics(layer)
-        if statistics is not None:
-            QueryStatistics.of(*statistics).update(step.query, step.real)
-        dense = store.dense_keys[layer], store.dense_values[layer]
-        if plan.pages:
-            numbers = plan.numbers + layer * store.books.pages
-            pack(store, self.recipe, plan.source(*dense, step.keys, step.values), statistics, numbers)
-        plan.keep(*dense, step.keys, step.values)
-        if self._done():
-            self._finish(plan, step)
+        with self._turn(layer):
+            if statistics is not None:
+                QueryStatistics.of(*statistics).update(step.query, step.real)
+            dense = store.dense_keys[layer], store.dense_values[layer]
+            if plan.pages:
+                numbers = plan.numbers + layer * store.books.pages
+                pack(store, self.recipe, plan.source(*dense, step.keys, step.values), statistics, numbers)
+            plan.keep(*dense, step.keys, step.values)
+            if layer == self.layers - 1:
+                self._finish(plan, step)
 
     def _finish(self, plan: AppendPlan, step: Step) -> None:
         """All layers have stored a prompt."""
@@ -243,7 +251,8 @@ class ModelCache:
     @ordinary_tensors
     def reset(self) -> None:
         """Forget all tokens; the tensors stay, for the next :meth:`allocate`."""
-        self.ready, self.steps, self._next, self._plan = False, 0, 0, None
+        self.ready, self.steps, self._next = False, 0, 0
+        self._plan, self._past = None, (None, [])
         if self._store is not None:
             self._store.reset()
 

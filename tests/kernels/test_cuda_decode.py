@@ -103,11 +103,17 @@ def test_soft_cap_and_model_sinks():
     check(*filled("default", [300, 900], new=3), sinks=sinks)
 
 
-def test_many_parts_and_many_pages_of_a_warp(monkeypatch: pytest.MonkeyPatch):
+def test_many_parts():
     check(*filled("default", [9000, 20], kv_heads=2, heads=4))
-    if DEVICE == "cpu":
-        monkeypatch.setattr(decode, "_multiprocessors", lambda device: 1)
-        check(*filled("default", [18000, 20]))  # over 32 pages of one warp
+
+
+def test_more_pages_of_a_warp_than_it_has_lanes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode, "MAX_PARTS", 2)
+    decode.kernel_macros.cache_clear()
+    try:
+        check(*filled("paper:tau_bf16=2.2,tau_uint4=1.2", [18000, 20]))
+    finally:
+        decode.kernel_macros.cache_clear()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])

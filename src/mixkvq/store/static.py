@@ -117,7 +117,9 @@ class StaticStore:
     def reset(self) -> None:
         """Forget all tokens, in place."""
         self.books.reset()
-        for tensor in (self.total, self.count, self.next_chunk, self.homeless):
+        # The dense slots too: a masked slot must be finite, and what was there may be anything.
+        dense = self.dense_keys, self.dense_values
+        for tensor in (*dense, self.total, self.count, self.next_chunk, self.homeless):
             if tensor is not None:
                 tensor.zero_()
 
@@ -190,12 +192,12 @@ class StaticStore:
         """Allocate chunks for all pages, by what those of the first prompt needed: from now on no tensor moves."""
         if self.settled:
             return
-        self.settled = True
         written = self.shape.layers * int(self.books.next_page)
         default = self.shape.chunk_room(self.books.pages, dict.fromkeys(self.chunks, PROMOTED_SHARE))
         for width, taken in zip(self.layout.promoted_bits, self.next_chunk.tolist(), strict=True):
             needed = taken * self.shape.layers * self.books.pages / max(written, 1)
             self._resize(width, math.ceil(MARGIN * needed) + self.shape.layers if written else default[width])
+        self.settled = True  # last: there may not be room for the chunks
 
     def warn(self) -> None:
         """Warn if promoted channels found no room. Waits for the device."""

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mixkvq.adapters.transformers.layer import MixKVQLayer
 from mixkvq.adapters.transformers.masks import MaskReader
-from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, settings
+from mixkvq.adapters.transformers.support import ExpectedShape, PassGuard, UnsupportedModelError, settings
 from mixkvq.config import MixKVQConfig
 from mixkvq.policies import Policy
 from mixkvq.store import MemoryReport
@@ -60,6 +60,7 @@ class MixKVQCache(Cache):
                 f"None of the {len(layers)} layers of this {text_config.model_type} model has full attention: there "
                 "is nothing to quantize."
             )
+        self._guard = PassGuard(layers, type(self).__name__)
         super().__init__(layers=layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +71,9 @@ class MixKVQCache(Cache):
                 "Build it from this model's config: MixKVQCache(model.config, ...)."
             )
         layers = self.quantized_layers
-        if self.layers[layer_idx] is layers[0] and layers[0].seen > 0 and layers[-1].seen < layers[0].seen:
+        self._guard.enter(layer_idx, isinstance(self.layers[layer_idx], MixKVQLayer))
+        unfinished = layers[-1].seen < layers[0].seen or any(layer.torn for layer in layers)
+        if self.layers[layer_idx] is layers[0] and unfinished:
             raise ValueError(
                 f"Not all of this cache's {len(self.layers)} layers got tokens in the last forward pass: it was built "
                 "for another model, or the pass was interrupted. Use a new MixKVQCache(model.config, ...), or reset() "
@@ -80,6 +83,11 @@ class MixKVQCache(Cache):
         if isinstance(keys, Tensor):
             keys._mixkvq = True  # type: ignore[attr-defined]  # not a stock cache: see `attention.py`
         return keys, values
+
+    def reset(self) -> None:
+        """Forget all tokens and give their memory back."""
+        super().reset()
+        self._guard.open = False
 
     def memory(self) -> MemoryReport:
         """Bytes held, by part, over all layers, and bits per element."""

@@ -47,6 +47,7 @@ class MixKVQLayer(CacheLayerMixin):
         self.real: Tensor | None = None  # [B, seen] bool; None while no padding was seen
         self.pending = False  # whether keys and values came for which attention was not computed yet
         self.held: Step | None = None
+        self.torn = False  # whether storing tokens was interrupted
 
     # What transformers calls
 
@@ -163,6 +164,7 @@ class MixKVQLayer(CacheLayerMixin):
 
     def _take(self, step: Step) -> None:
         """Store a step's tokens, or hold them back."""
+        self.torn = True
         if step.real is not None and self.real is None:
             self.real = step.real.new_ones(step.real.shape[0], self.seen)
         if self.real is not None:
@@ -181,12 +183,15 @@ class MixKVQLayer(CacheLayerMixin):
             self.held = step.copy()  # not a view, which would keep the whole prompt's queries, keys and values
         else:
             self.cache.append(step)
+        self.torn = False
 
     def _commit(self) -> None:
         if self.held is not None:
             assert self.cache is not None
+            self.torn = True
             self.cache.append(self.held)
             self.held = None
+            self.torn = False
 
     def _check_past(self, mask: Tensor | None, step: Step) -> None:
         if mask is None or self.seen == 0:

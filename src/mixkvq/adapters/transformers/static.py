@@ -12,7 +12,7 @@ from transformers.cache_utils import StaticLayer
 
 from mixkvq.adapters.transformers.cache import held_tensors
 from mixkvq.adapters.transformers.static_layer import MixKVQStaticLayer, StaticState
-from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, settings
+from mixkvq.adapters.transformers.support import ExpectedShape, PassGuard, UnsupportedModelError, settings
 from mixkvq.config import ConfigError, MixKVQConfig
 from mixkvq.policies import Policy
 from mixkvq.static import ModelCache
@@ -70,6 +70,7 @@ class MixKVQStaticCache(Cache):
             layers[at] = MixKVQStaticLayer(self.state, index)
         #: The layers that this package stores.
         self.quantized_layers = [layers[at] for at in full]
+        self._guard = PassGuard(layers, type(self).__name__)
         super().__init__(layers=layers)
 
     @staticmethod
@@ -93,6 +94,7 @@ class MixKVQStaticCache(Cache):
                 f"The model has a layer {layer_idx}, but this cache was built for one of {len(self.layers)} layers. "
                 "Build it from this model's config: MixKVQStaticCache(model.config, ...)."
             )
+        self._guard.enter(layer_idx, isinstance(self.layers[layer_idx], MixKVQStaticLayer))
         self._refit(self.layers[layer_idx], key_states.shape[0])
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(keys, Tensor) and not torch.compiler.is_compiling():
@@ -104,6 +106,11 @@ class MixKVQStaticCache(Cache):
         held = isinstance(layer, StaticLayer) and layer.is_initialized
         if held and not self.state.ready and layer.keys.shape[0] != batch:
             layer.is_initialized = False
+
+    def reset(self) -> None:
+        """Forget all tokens; the tensors stay where they are, for the next batch of the same size."""
+        super().reset()
+        self._guard.open = False
 
     def memory(self) -> MemoryReport:
         """Bytes held, by part, over all layers, and bits per element. Waits for the device.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +17,6 @@ from mixkvq.cache import Step
 from mixkvq.kernels.decode import MAX_STEP
 from mixkvq.kernels.partial import causal
 from mixkvq.static import ModelCache
-from mixkvq.store.books import CacheFullError
 
 
 class StaticState:
@@ -106,29 +103,25 @@ class StaticState:
                     f"A step of 2 to {MAX_STEP} tokens on a MixKVQStaticCache is causal; the mask of this one is "
                     "not (a tree of drafts?). Use MixKVQCache."
                 )
-            with self._positions_kept(step.length):
-                return self.cache.decode(layer, step, scaling=scaling, **options).transpose(1, 2)
+            return self.cache.decode(layer, step, scaling=scaling, **options).transpose(1, 2)
         if layer == 0:
-            with self._positions_kept(step.length):
-                self.cache.begin(step)
+            self.cache.begin(step)
         if not self.ready and not any(option is not None for option in options.values()):
             output = sdpa_attention_forward(module, step.query, step.keys, step.values, mask, scaling=scaling)[0]
         else:
             output = self.cache.attend(layer, step, visible, scaling=scaling, **options).transpose(1, 2)
         self.cache.append(layer, step)
         if layer == self.cache.layers - 1:
-            self.limit = self.seen() + self.cache.steps
+            self.limit = self.seen() + step.length + self.cache.steps
         return output
 
-    @contextmanager
-    def _positions_kept(self, length: int) -> Iterator[None]:
-        """Take back the positions of tokens that find no room."""
-        try:
-            yield
-        except CacheFullError:
+    def stored(self, layer: int, length: int) -> None:
+        """Count the positions of a pass that ``layer`` has taken: with the last one, so that a pass that fails counts
+        for nothing.
+        """
+        if layer == self.cache.layers - 1:
             assert self.positions is not None
-            self.positions.sub_(length)
-            raise
+            self.positions.add_(length)
 
 
 class MixKVQStaticLayer(CacheLayerMixin):
@@ -158,9 +151,6 @@ class MixKVQStaticLayer(CacheLayerMixin):
         length = key_states.shape[2]
         if length > 1 or not self.state.ready:
             self.state.arrive(self.index, key_states, value_states)
-        if self.index == 0:
-            assert self.state.positions is not None
-            self.state.positions.add_(length)
         return KVHandle(self, key_states, length), KVHandle(self, value_states, length)
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
@@ -179,8 +169,9 @@ class MixKVQStaticLayer(CacheLayerMixin):
         return self.state.limit
 
     def reset(self) -> None:
-        """Forget all tokens; tensors stay where they are."""
-        self.state.reset()
+        """Forget all tokens, with the first layer those of all; tensors stay where they are."""
+        if self.index == 0:
+            self.state.reset()
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(
@@ -211,6 +202,9 @@ class MixKVQStaticLayer(CacheLayerMixin):
         """
         if query.shape[2] == 1 and self.state.ready:
             assert self.state.anchor is not None
-            return attend(query, key, value, self.state.anchor, self.index, scaling, softcap, sinks)
-        options = {"softcap": softcap, "sinks": sinks}
-        return self.state.attend(self.index, module, Step(query, key, value), mask, scaling, options)
+            output = attend(query, key, value, self.state.anchor, self.index, scaling, softcap, sinks)
+        else:
+            options = {"softcap": softcap, "sinks": sinks}
+            output = self.state.attend(self.index, module, Step(query, key, value), mask, scaling, options)
+        self.state.stored(self.index, query.shape[2])
+        return output

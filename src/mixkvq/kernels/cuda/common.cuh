@@ -5,7 +5,7 @@
 
 // Set by the launcher from the page layout: KV_HEADS, HEAD_DIM, KEY_BITS, KEY_GROUPS, VALUE_BITS, VALUE_GROUPS, PAGE_BYTES,
 // the offsets of a page's and a chunk's fields, SINKS, ROTATED, SOFTCAP, BFLOAT16, ROW_TILES (4 query rows each), WARPS,
-// PAGES_PER_WARP, MAX_PARTS, BLOCKS_PER_MULTIPROCESSOR.
+// MAX_PARTS, BLOCKS_PER_MULTIPROCESSOR.
 
 constexpr int TOKENS = 128;
 constexpr int THREADS = 32 * WARPS;
@@ -43,7 +43,7 @@ struct Arguments {
     float *part_sums, *part_stats;
     int* tickets;
     long long query_strides[3], key_strides[3], value_strides[3], dense_strides[2];
-    int table_stride, group, length, append;
+    int table_stride, group, length, append, pages_per_warp;
     float scaling, softcap;
 };
 
@@ -81,9 +81,9 @@ struct Rows {
     int batch, head, first, count, total;
 
     __device__ Rows(const Arguments& a) {
-        batch = blockIdx.z;
-        head = blockIdx.y % KV_HEADS;
-        first = (blockIdx.y / KV_HEADS) * ROWS;
+        batch = blockIdx.y;
+        head = blockIdx.x % KV_HEADS;
+        first = (blockIdx.x / KV_HEADS) * ROWS;
         total = a.group * a.length;
         count = min(ROWS, total - first);
     }

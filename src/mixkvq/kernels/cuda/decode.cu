@@ -31,14 +31,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     Memory& memory = *reinterpret_cast<Memory*>(shared);
     const Rows rows(a);
     const Lengths lengths(a.lengths[rows.batch]);
-    const long long index = (long long)rows.batch * gridDim.y + blockIdx.y;
-    float* sums = a.part_sums + index * gridDim.x * ROWS * HEAD_DIM;
-    float* stats = a.part_stats + index * gridDim.x * ROWS * 2;
-    // Part 0 is the dense one. The others take equal shares of the pages, none so small that merging it would cost more.
-    const int most = gridDim.x - 1, fewest_pages = WARPS * PAGES_PER_WARP;
-    const int share = max((lengths.pages + most - 1) / most, fewest_pages);
+    const long long index = (long long)rows.batch * gridDim.x + blockIdx.x;
+    float* sums = a.part_sums + index * gridDim.z * ROWS * HEAD_DIM;
+    float* stats = a.part_stats + index * gridDim.z * ROWS * 2;
+    // Part 0 is the dense one, whose blocks are started last: they are short, and fill the gaps at the end. The others take
+    // shares of the pages that keep all warps equally long at work.
+    const int most = gridDim.z - 1, portions = (lengths.pages + WARPS - 1) / WARPS;
+    const int share = WARPS * max((portions + most - 1) / most, a.pages_per_warp);
     const int parts = 1 + (lengths.pages + share - 1) / share;
-    const int part = blockIdx.x;
+    const int part = blockIdx.z == most ? 0 : blockIdx.z + 1;
     if (part >= parts) return;
     if (part == 0) {
         attend_dense(a, rows, lengths.dense, memory.dense, sums, stats);

@@ -21,10 +21,8 @@ from mixkvq.store.tensors import CacheTensors
 WARPS = 4
 #: Query rows of one tile of the matrix product: 8 columns, two digits a row.
 TILE_ROWS = 4
-#: Pages that a warp gets at least, where a head has enough: a part must be worth merging.
-PAGES_PER_WARP = 3
-#: The same when the number of parts is chosen: more, so that blocks are started in full rounds rather than in many.
-PLANNED_PAGES_PER_WARP = 3.5
+#: Pages that a warp gets at most before more blocks are started than the device has room for at once.
+PAGES_PER_WARP = 4
 #: Parts of a sequence, the dense one included.
 MAX_PARTS = 256
 #: Tokens of a page.
@@ -55,6 +53,7 @@ class Arguments(ctypes.Structure):
         ("group", ctypes.c_int),
         ("length", ctypes.c_int),
         ("append", ctypes.c_int),
+        ("pages_per_warp", ctypes.c_int),
         ("scaling", ctypes.c_float),
         ("softcap", ctypes.c_float),
     ]  # fmt: skip
@@ -108,7 +107,8 @@ def decode_attention(
     kernel = _kernel(cache, query.dtype, softcap is not None, row_tiles)
     rows = TILE_ROWS * row_tiles
     heads_grid = kv_heads * -(-heads // kv_heads * length // rows)
-    parts = 1 + _splits(kernel, cache, batch * heads_grid)
+    shares, pages_per_warp = _shares(kernel, cache, batch * heads_grid)
+    parts = shares + 1
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     sums = torch.empty(batch * heads_grid * parts * rows * dim, dtype=torch.float32, device=query.device)
     stats = torch.empty(batch * heads_grid * parts * rows * 2, dtype=torch.float32, device=query.device)
@@ -128,11 +128,12 @@ def decode_attention(
         heads // kv_heads,
         length,
         append,
+        pages_per_warp,
         scaling,
         softcap or 0.0,
     )  # fmt: skip
     with torch.cuda.device_of(query):
-        kernel.launch((parts, heads_grid, batch), 32 * WARPS, arguments)
+        kernel.launch((heads_grid, batch, parts), 32 * WARPS, arguments)
     return output
 
 
@@ -178,7 +179,6 @@ def kernel_macros(
         "BFLOAT16": dtype == torch.bfloat16,
         "ROW_TILES": row_tiles,
         "WARPS": WARPS,
-        "PAGES_PER_WARP": PAGES_PER_WARP,
         "MAX_PARTS": MAX_PARTS,
         "BLOCKS_PER_MULTIPROCESSOR": resident_blocks(layout, row_tiles),
     }
@@ -197,17 +197,16 @@ def kernel_macros(
     return tuple((name, int(value)) for name, value in macros.items())
 
 
-def _splits(kernel: LaunchableKernel, cache: CacheTensors, heads: int) -> int:
-    """Parts that the pages of a sequence are cut into, from what the cache could hold: its lengths are on the device.
+def _shares(kernel: LaunchableKernel, cache: CacheTensors, heads: int) -> tuple[int, int]:
+    """Into how many shares the pages of each of ``heads`` are cut at most, and how many pages a warp gets at least.
 
-    The blocks of all ``heads``, a dense part each included, make whole rounds of what the device runs at once: the more
-    rounds the smaller the gap at the end, as long as every warp has some pages to work on.
+    From what the cache could hold: its lengths are on the device. Where there are few pages, they are spread over the
+    whole device; where there are many, small shares keep the gap at the end small.
     """
     slots = _multiprocessors(cache.pages.device) * kernel.resident_blocks(32 * WARPS)
     pages = min(cache.table.shape[1], -(-cache.pages.shape[0] // cache.table.shape[0]))
-    most = int(pages / (WARPS * PLANNED_PAGES_PER_WARP))
-    rounds = max(1, (most + 1) * heads // slots)
-    return max(1, min(most, rounds * slots // heads - 1, MAX_PARTS - 1))
+    pages_per_warp = min(max(round(pages * heads / (WARPS * slots)), 1), PAGES_PER_WARP)
+    return max(1, min(-(-pages // (WARPS * pages_per_warp)), MAX_PARTS - 1)), pages_per_warp
 
 
 @lru_cache(maxsize=16)
