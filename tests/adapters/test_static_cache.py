@@ -311,6 +311,8 @@ def test_what_cannot_be_built(model: PreTrainedModel):
         MixKVQStaticCache(model.config)
     with pytest.raises(TypeError, match="MixKVQStaticCache takes the model's configuration"):
         MixKVQStaticCache(model, max_tokens=100)
+    with pytest.raises(TypeError, match=r"MixKVQStaticCache takes a MixKVQConfig second, .* not int"):
+        MixKVQStaticCache(model.config, 65536)
     with pytest.raises(UnsupportedModelError, match="nothing to quantize"):
         MixKVQStaticCache(tf.MistralConfig(**SIZE, sliding_window=32), max_tokens=100)
     with pytest.raises(UnsupportedModelError, match="multi-head latent attention"):

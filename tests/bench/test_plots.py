@@ -66,6 +66,10 @@ def test_what_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         plot_files(write(tmp_path, one=KERNEL[:3]), tmp_path)
     with pytest.raises(PlotError, match="does not hold results"):
         plot_files(write(tmp_path, other={"a": 1}), tmp_path)
+    with pytest.raises(PlotError, match="does not hold results"):
+        plot_files(write(tmp_path, nowhere=[{"cache": "default", "time_us": 50.0}]), tmp_path)
+    with pytest.raises(PlotError, match="Cannot write pictures"):
+        plot_files(write(tmp_path, kernel=KERNEL), tmp_path / "kernel")
     with pytest.raises(PlotError, match="Cannot read"):
         plot_files([tmp_path / "nowhere.json"], tmp_path)
     real = builtins.__import__

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from mixkvq import MixKVQConfig
+from mixkvq import MixKVQConfig, UnsupportedModelError
 from mixkvq.bench import generate
 from mixkvq.bench.capacity import NoRoomError, bench_capacity, largest
 from mixkvq.bench.decoding import PackedDecoding, SplitKVDecoding, StockDecoding, packed_blocks
@@ -77,7 +77,7 @@ def test_a_cache_that_was_measured_is_not_kept(model, kind: str):
 
 
 def test_models_with_windows_are_refused():
-    with pytest.raises(ValueError, match="layers without full attention"):
+    with pytest.raises(UnsupportedModelError, match="layers without full attention"):
         measure(lambda *sizes: StockDecoding(tiny_model("gemma2"), *sizes), 1, 100, 1)
 
 

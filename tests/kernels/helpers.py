@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import pytest
 import torch
 
 from mixkvq.cache import LayerCache
@@ -36,3 +41,30 @@ def cache_tensors(cache: LayerCache) -> CacheTensors:
         dense_keys=dense[0],
         dense_values=dense[1],
     )
+
+
+def current_devices(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, kernel: str, launch: Callable[[], object]
+) -> list[torch.device | None]:
+    """The device that is made current for each launch of a Triton kernel by ``launch``; None where none is.
+
+    Of a model's layers on several GPUs, most lie on one that is not current by itself.
+    """
+    current: list[torch.device] = []
+    found: list[torch.device | None] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *arguments, **options: found.append(current[-1] if current else None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_of", device_of)
+        patch.setattr(module, kernel, Kernel())
+        launch()
+    return found

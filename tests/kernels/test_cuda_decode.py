@@ -45,6 +45,8 @@ def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decode, "load_kernel", emulator.load_kernel)
         monkeypatch.setattr(decode, "_has_bindings", lambda: True)
         monkeypatch.setattr(decode, "_multiprocessors", lambda device: 6)
+        monkeypatch.setattr(decode, "_capability", lambda device: (8, 0))
+        monkeypatch.setattr(decode, "_shared_limit", lambda device: 1 << 18)
 
 
 def filled(
@@ -168,6 +170,31 @@ def test_strided_inputs():
     check(cache, spread)
 
 
+def test_inputs_that_begin_between_two_vectors():
+    cache, step = filled("default", [300])
+    tensors = (step.query, step.keys, step.values)
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in tensors]
+    assert all(x.is_contiguous() and x.data_ptr() % 16 for x in shifted)
+    check(cache, Step(*shifted))
+
+
+def test_new_tokens_of_another_type_than_the_stored_ones():
+    cache, step = filled("default", [300])
+    tensors = cache_tensors(cache)
+    expected = decode.decode_attention(step.query, step.keys, step.values, tensors, scaling=0.1)
+    output = decode.decode_attention(step.query, step.keys.float(), step.values.float(), tensors, scaling=0.1)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("text", ["default:sinks=600", "kivi-4:value_group=64", "paper:tau_bf16=2.2,tau_uint4=1.2"])
+@pytest.mark.parametrize(("dim", "heads"), [(64, 4), (96, 8), (256, 8)])
+def test_shared_memory_is_known_in_advance(text: str, dim: int, heads: int):
+    cache, step = filled(text, [1], dim=dim, heads=heads)
+    tensors, row_tiles = cache_tensors(cache), heads // 4
+    kernel = decode._kernel(tensors, step.query.dtype, False, row_tiles)
+    assert kernel.shared_bytes == decode.shared_bytes(tensors.layout, tensors.sinks, row_tiles)
+
+
 @pytest.mark.parametrize(
     ("text", "options", "reason"),
     [
@@ -180,4 +207,19 @@ def test_strided_inputs():
 )
 def test_what_it_leaves_to_triton(text: str, options: dict, reason: str):
     cache, step = filled(text, [300], **options)
+    assert reason in (decode.unsupported(step.query, cache_tensors(cache)) or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("_has_bindings", False, "cuda-bindings"),
+        ("_capability", (7, 5), "compute capability 7.5"),
+        ("_shared_limit", 48 << 10, "bytes of shared memory"),
+    ],
+)
+def test_devices_that_it_leaves_to_triton(name: str, value: object, reason: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode, name, lambda *_: value)
+    monkeypatch.setattr(decode, "_unsupported", decode._unsupported.__wrapped__)
+    cache, step = filled("paper:tau_bf16=2.2,tau_uint4=1.2", [3], dim=128, heads=8)
     assert reason in (decode.unsupported(step.query, cache_tensors(cache)) or "")

@@ -102,3 +102,7 @@ def test_what_it_refuses():
     step = random_step(1, 1)
     with pytest.raises(ValueError, match="There is no kernel 'fast'"):
         decode_attention(step.query, step.keys, step.values, cache.tensors(), scaling=1.0, kernel="fast")
+    with pytest.raises(ValueError, match="The kernel 'cuda' cannot serve this step"):
+        decode_attention(step.query, step.keys, step.values, cache.tensors(), scaling=1.0, kernel="cuda")
+    with pytest.raises(ValueError, match="To append 1 tokens the cache needs 129 dense slots, it has 128"):
+        decode_attention(step.query, step.keys, step.values, cache.tensors(), scaling=1.0, append=True)

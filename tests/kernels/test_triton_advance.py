@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+from kernels.helpers import current_devices
 from mixkvq import MixKVQConfig
+from mixkvq.kernels.triton import advance as module
 from mixkvq.kernels.triton.advance import advance, hand_out_chunks
 from mixkvq.policies import policy_class
 from mixkvq.recipe import Recipe
@@ -63,3 +65,11 @@ def test_chunks_are_handed_out_until_they_run_out():
         starts = store.run_starts[width][whole].sort().values
         assert torch.equal(starts, torch.arange(served, device=DEVICE, dtype=torch.int32) * chunks)
     assert ((bits == planned) | (bits == 2)).all()
+
+
+def test_they_are_launched_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch):
+    store = new_store("paper", batch=4, pages=9, room={4: 10, 16: 7})
+    bits = torch.full((12, 2, 16), 2, dtype=torch.uint8, device=DEVICE)
+    where = store.pages.device
+    assert current_devices(monkeypatch, module, "_advance", lambda: advance(store, 1)) == [where]
+    assert current_devices(monkeypatch, module, "_hand_out", lambda: hand_out_chunks(store, bits)) == [where, where]

@@ -1,14 +1,12 @@
 """The Triton decode kernel equals attention over the store's dequantized content. Runs on a GPU, or interpreted."""
 
-import dataclasses
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from conftest import layer_cache, random_step
-from kernels.helpers import cache_tensors
+from kernels.helpers import cache_tensors, current_devices
 from kernels.test_packed import oracle
 from mixkvq import MixKVQConfig
 from mixkvq.cache import LayerCache, Step
@@ -223,10 +221,7 @@ def test_counters_are_ready_for_the_next_call(device: torch.device):
     assert not any(counters.any() for counters in tickets._TICKETS.values())
 
 
-def test_errors_say_what_is_allowed(device: torch.device):
-    cache = cache_tensors(filled(MixKVQConfig.preset("default"), [3], device))
-    with pytest.raises(ValueError, match="1 to 8 new tokens, 9 were given"):
-        run(new_tokens(1, 9, device), cache, scaling=1.0)
-    short = dataclasses.replace(cache, dense_keys=cache.dense_keys[:, :, :132])
-    with pytest.raises(ValueError, match=r"needs 140 dense slots .* it has 132"):
-        run(new_tokens(1, 1, device), short, scaling=1.0, append=True)
+def test_it_is_launched_where_its_tensors_are(device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    cache, step = cache_tensors(filled(MixKVQConfig.preset("default"), [3], device)), new_tokens(1, 1, device)
+    found = current_devices(monkeypatch, decode, "decode_kernel", lambda: run(step, cache, scaling=0.25))
+    assert found == [step.query.device]

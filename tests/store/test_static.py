@@ -259,7 +259,7 @@ def test_max_bytes_is_used_and_kept(text: str):
     [
         ({}, "either max_tokens or max_bytes"),
         ({"max_tokens": 1, "max_bytes": 1}, "either max_tokens or max_bytes"),
-        ({"max_tokens": 0}, "max_tokens is at least 1, not 0"),
+        ({"max_tokens": 0}, "max_tokens is a whole number of at least 1, not 0"),
         ({"max_tokens": 9, "promoted_share": 1.5}, "promoted_share lies between 0 and 1, not 1.5"),
     ],
 )

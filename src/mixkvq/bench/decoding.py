@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from mixkvq.adapters.transformers import NAME, MixKVQStaticCache
+from mixkvq.adapters.transformers import NAME, MixKVQStaticCache, UnsupportedModelError
 from mixkvq.adapters.transformers.cache import held_tensors
 from mixkvq.bench.synthetic import PackedBlocks, fill_store
 from mixkvq.bench.timing import FLUSHED, Timer
@@ -82,7 +82,7 @@ class StockDecoding(Decoding):
         cache.early_initialization(batch, heads, dim, model.dtype, model.device)
         for layer in cache.layers:
             if type(layer) is not StaticLayer:
-                raise ValueError(
+                raise UnsupportedModelError(
                     f"{config.model_type} has layers without full attention ({type(layer).__name__}), which no cache "
                     "here makes faster, and which are not measured. Choose another --model or a --shape."
                 )

@@ -16,6 +16,7 @@ import transformers
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,6 +25,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.adapters.transformers import UnsupportedModelError
@@ -35,16 +37,19 @@ from mixkvq.models import DEFAULT_MODEL, ModelError, load
 notes = Console(stderr=True)
 output = Console()
 
+#: Characters that a table may take in a terminal that has fewer.
+TABLE_WIDTH = 120
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help=f"A name on the Hugging Face hub, or a folder.  [default: {DEFAULT_MODEL}]"),
+    typer.Option("--model", help="A name on the Hugging Face hub, or a folder.", show_default=DEFAULT_MODEL),
 ]
 CacheHelp = "A preset (see `mixkvq caches`), with overrides if you like: paper:tau_bf16=10.1,tau_uint4=3.2"
 TextOption = Annotated[
     list[Path] | None,
-    typer.Option("--text", help="A text file; may be repeated.  [default: Python's language reference]"),
+    typer.Option("--text", help="A text file; may be repeated.", show_default="Python's language reference"),
 ]
 WindowsOption = Annotated[int, typer.Option("--windows", help="Windows of each text.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
@@ -122,6 +127,14 @@ def write_json(path: Path | None, rows: Any) -> None:
     if path is not None:
         path.write_text(json.dumps(rows, indent=2) + "\n")
         notes.print(f"Wrote {path}")
+
+
+def print_table(table: Table) -> None:
+    """Print a table in full where the terminal is too narrow for it: a line that folds can be read, while columns of
+    names would vanish.
+    """
+    needed = Measurement.get(output, output.options.update(max_width=TABLE_WIDTH), table).maximum
+    Console(width=max(output.width, needed)).print(table)
 
 
 def print_json(data: Any) -> None:

@@ -33,7 +33,7 @@ CACHES = ["kivi-2", "paper", "default", "kivi-4"]
 
 
 def fidelity(
-    cache: Annotated[list[str] | None, typer.Option(help=f"{CacheHelp}  [default: {' '.join(CACHES)}]")] = None,
+    cache: Annotated[list[str] | None, typer.Option(help=CacheHelp, show_default=" ".join(CACHES))] = None,
     text: TextOption = None,
     window: Annotated[int, typer.Option(help="Tokens that are read from an empty cache.")] = 2048,
     count: WindowsOption = 4,

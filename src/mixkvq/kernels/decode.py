@@ -51,8 +51,13 @@ def decode_attention(
     """
     if query.shape[2] > MAX_STEP:
         raise ValueError(f"A decode step has 1 to {MAX_STEP} new tokens; {query.shape[2]} were given.")
+    needed, slots = cache.sinks + cache.layout.tokens + query.shape[2], cache.dense_keys.shape[2]
+    if append and slots < needed:
+        raise ValueError(f"To append {query.shape[2]} tokens the cache needs {needed} dense slots, it has {slots}.")
     if kernel == "auto":
         kernel = fastest_kernel(query, cache)
+    elif kernel == "cuda":
+        _check_cuda(query, cache)
     if kernel not in KERNELS:
         raise ValueError(f"There is no kernel '{kernel}'. Known: auto, {', '.join(KERNELS)}.")
     options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
@@ -66,6 +71,13 @@ def fastest_kernel(query: Tensor, cache: CacheTensors) -> str:
     from mixkvq.kernels.cuda.decode import unsupported
 
     return "triton" if unsupported(query, cache) else "cuda"
+
+
+def _check_cuda(query: Tensor, cache: CacheTensors) -> None:
+    from mixkvq.kernels.cuda.decode import unsupported
+
+    if reason := unsupported(query, cache):
+        raise ValueError(f"The kernel 'cuda' cannot serve this step: {reason}. 'auto' takes one that can.")
 
 
 def _by_cuda(query: Tensor, keys: Tensor, values: Tensor, cache: CacheTensors, **options: Any) -> Tensor:

@@ -74,7 +74,10 @@ def plot_files(files: Sequence[Path], out: Path) -> list[Path]:
             "There is nothing to draw in these files: a line takes results at two contexts (bench kernel, bench "
             "generate) or at two batches (bench generate, bench capacity)."
         )
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlotError(f"Cannot write pictures to '{out}': {error}") from error
     written = []
     for picture in pictures:
         figure = draw(picture)
@@ -90,7 +93,7 @@ def _read(file: Path) -> list[Row]:
         rows = json.loads(file.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PlotError(f"Cannot read '{file}': {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "cache" in row for row in rows):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"cache", "device"} <= set(row) for row in rows):
         raise PlotError(f"'{file}' does not hold results of mixkvq bench.")
     return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 from mixkvq.store.layout import PageLayout
@@ -69,7 +70,8 @@ class Capacity:
         if (self.max_tokens is None) == (self.max_bytes is None):
             raise ValueError("Give the capacity of the cache: either max_tokens or max_bytes.")
         for name in ("max_tokens", "max_bytes"):
-            if (given := getattr(self, name)) is not None and given < 1:
-                raise ValueError(f"{name} is at least 1, not {given}.")
+            given = getattr(self, name)
+            if given is not None and not (isinstance(given, numbers.Integral) and int(given) >= 1):
+                raise ValueError(f"{name} is a whole number of at least 1, not {given!r}.")
         if self.promoted_share is not None and not 0 <= self.promoted_share <= 1:
             raise ValueError(f"promoted_share lies between 0 and 1, not {self.promoted_share}.")

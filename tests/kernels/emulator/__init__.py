@@ -27,6 +27,7 @@ class EmulatedKernel:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self.shared_bytes = ctypes.c_uint.in_dll(library, "shared_bytes").value
 
     def resident_blocks(self, threads: int) -> int:
         return 1

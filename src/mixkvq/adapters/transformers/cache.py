@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from mixkvq.adapters.transformers.layer import MixKVQLayer
 from mixkvq.adapters.transformers.masks import MaskReader
-from mixkvq.adapters.transformers.support import ExpectedShape, PassGuard, UnsupportedModelError, settings
+from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, settings
 from mixkvq.config import MixKVQConfig
 from mixkvq.policies import Policy
 from mixkvq.store import MemoryReport
@@ -60,7 +60,8 @@ class MixKVQCache(Cache):
                 f"None of the {len(layers)} layers of this {text_config.model_type} model has full attention: there "
                 "is nothing to quantize."
             )
-        self._guard = PassGuard(layers, type(self).__name__)
+        # All but linear attention, which has no length.
+        self._lengthy = [layer for layer in layers if isinstance(layer, CacheLayerMixin)]
         super().__init__(layers=layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -70,10 +71,7 @@ class MixKVQCache(Cache):
                 f"The model has a layer {layer_idx}, but this cache was built for one of {len(self.layers)} layers. "
                 "Build it from this model's config: MixKVQCache(model.config, ...)."
             )
-        layers = self.quantized_layers
-        self._guard.enter(layer_idx, isinstance(self.layers[layer_idx], MixKVQLayer))
-        unfinished = layers[-1].seen < layers[0].seen or any(layer.torn for layer in layers)
-        if self.layers[layer_idx] is layers[0] and unfinished:
+        if self.layers[layer_idx] is self._lengthy[0] and self._is_torn():
             raise ValueError(
                 f"Not all of this cache's {len(self.layers)} layers got tokens in the last forward pass: it was built "
                 "for another model, or the pass was interrupted. Use a new MixKVQCache(model.config, ...), or reset() "
@@ -84,10 +82,10 @@ class MixKVQCache(Cache):
             keys._mixkvq = True  # type: ignore[attr-defined]  # not a stock cache: see `attention.py`
         return keys, values
 
-    def reset(self) -> None:
-        """Forget all tokens and give their memory back."""
-        super().reset()
-        self._guard.open = False
+    def _is_torn(self) -> bool:
+        """Whether some layers have taken tokens of the last forward pass and others have not."""
+        lengths = {layer.get_seq_length() for layer in self._lengthy}
+        return len(lengths) > 1 or any(layer.torn for layer in self.quantized_layers)
 
     def memory(self) -> MemoryReport:
         """Bytes held, by part, over all layers, and bits per element."""

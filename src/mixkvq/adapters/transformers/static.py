@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from mixkvq.adapters.transformers.cache import held_tensors
 from mixkvq.adapters.transformers.static_layer import MixKVQStaticLayer, StaticState
-from mixkvq.adapters.transformers.support import ExpectedShape, PassGuard, UnsupportedModelError, settings
+from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, settings
 from mixkvq.config import ConfigError, MixKVQConfig
 from mixkvq.policies import Policy
 from mixkvq.static import ModelCache
@@ -70,7 +70,9 @@ class MixKVQStaticCache(Cache):
             layers[at] = MixKVQStaticLayer(self.state, index)
         #: The layers that this package stores.
         self.quantized_layers = [layers[at] for at in full]
-        self._guard = PassGuard(layers, type(self).__name__)
+        lengthy = [at for at, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
+        self._first, self._last = lengthy[0], lengthy[-1]
+        self.state.ours_is_last = full[-1] == self._last
         super().__init__(layers=layers)
 
     @staticmethod
@@ -94,7 +96,13 @@ class MixKVQStaticCache(Cache):
                 f"The model has a layer {layer_idx}, but this cache was built for one of {len(self.layers)} layers. "
                 "Build it from this model's config: MixKVQStaticCache(model.config, ...)."
             )
-        self._guard.enter(layer_idx, isinstance(self.layers[layer_idx], MixKVQStaticLayer))
+        if layer_idx == self._first and self.state.open:
+            raise ValueError(
+                "Not all of this cache's layers got tokens in the last forward pass: it was interrupted, or it failed "
+                "after sliding windows had taken theirs. Use a new MixKVQStaticCache, or reset() this one."
+            )
+        if not isinstance(self.layers[layer_idx], MixKVQStaticLayer):
+            self.state.open = layer_idx != self._last
         self._refit(self.layers[layer_idx], key_states.shape[0])
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(keys, Tensor) and not torch.compiler.is_compiling():
@@ -106,11 +114,6 @@ class MixKVQStaticCache(Cache):
         held = isinstance(layer, StaticLayer) and layer.is_initialized
         if held and not self.state.ready and layer.keys.shape[0] != batch:
             layer.is_initialized = False
-
-    def reset(self) -> None:
-        """Forget all tokens; the tensors stay where they are, for the next batch of the same size."""
-        super().reset()
-        self._guard.open = False
 
     def memory(self) -> MemoryReport:
         """Bytes held, by part, over all layers, and bits per element. Waits for the device.

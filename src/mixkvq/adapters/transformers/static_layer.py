@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +28,8 @@ class StaticState:
         positions: 0-dim int64 on the device, positions seen, padding included.
         anchor: see :mod:`.static_op`.
         limit: positions that there is room for, as the host knew after the last prompt.
+        open: whether layers of the library's own have taken tokens of a forward pass that is not over.
+        ours_is_last: whether none of those comes after the last quantized layer.
     """
 
     def __init__(self, cache: ModelCache, expected: ExpectedShape) -> None:
@@ -34,8 +37,20 @@ class StaticState:
         self.expected = expected
         self.masks = MaskReader()
         self.limit = -1
+        self.open, self.ours_is_last = False, True
         self.positions: Tensor | None = None
         self.anchor: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StaticState:
+        """A copy with an anchor of its own, by which its cache is found."""
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        with torch.inference_mode(False):
+            vars(other).update({name: copy.deepcopy(x, memo) for name, x in vars(self).items() if name != "anchor"})
+        other.anchor = None if self.anchor is None else new_anchor(other.cache, self.anchor.device)
+        if other.positions is not None:
+            mark_positions(other.positions)
+        return other
 
     @property
     def ready(self) -> bool:
@@ -45,7 +60,7 @@ class StaticState:
     def reset(self) -> None:
         """Forget all tokens. Tensors stay where they are, for a batch of the same size."""
         self.cache.reset()
-        self.limit = -1
+        self.limit, self.open = -1, False
 
     @torch.compiler.disable
     def seen(self) -> int:
@@ -122,6 +137,7 @@ class StaticState:
         if layer == self.cache.layers - 1:
             assert self.positions is not None
             self.positions.add_(length)
+            self.open = self.open and not self.ours_is_last
 
 
 class MixKVQStaticLayer(CacheLayerMixin):

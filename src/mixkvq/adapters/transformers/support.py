@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
 
 from mixkvq.config import MixKVQConfig
 from mixkvq.policies import Policy, policy_class
@@ -43,31 +40,6 @@ class ExpectedShape:
                 f"dimension {self.head_dim}, and was given keys of {heads} heads of dimension {dim}. "
                 "Build it from this model's config: MixKVQCache(model.config, ...)."
             )
-
-
-class PassGuard:
-    """Notices, in a cache that also has layers of the library's own, that the last forward pass did not end.
-
-    Those layers take a pass's tokens before anybody knows whether the others can, and cannot give them back.
-
-    Args:
-        layers: all layers of the cache.
-        owner: name of the cache's class, for errors.
-    """
-
-    def __init__(self, layers: Sequence[object], owner: str) -> None:
-        taking = [at for at, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
-        self.first, self.last, self.owner = taking[0], taking[-1], owner
-        self.open = False
-
-    def enter(self, layer: int, ours: bool) -> None:
-        """A layer is about to take tokens; ``ours`` are those that change nothing when they refuse them."""
-        if layer == self.first and self.open:
-            raise ValueError(
-                "The last forward pass on this cache was interrupted, or failed, when some layers had taken its tokens "
-                f"already. Use a new {self.owner}, or reset() this one."
-            )
-        self.open = (self.open or not ours) and layer != self.last
 
 
 def refuse_unsupported(config: PreTrainedConfig, text: PreTrainedConfig) -> None:
@@ -111,6 +83,10 @@ def settings(
     """
     if isinstance(config, str):
         config = MixKVQConfig.parse(config)
+    if not isinstance(config, MixKVQConfig):
+        raise TypeError(
+            f"{owner} takes a MixKVQConfig second, or text like 'default:budget=3', not {type(config).__name__}."
+        )
     if not isinstance(model_config, PreTrainedConfig):
         raise TypeError(
             f"{owner} takes the model's configuration (model.config) first, not {type(model_config).__name__}."

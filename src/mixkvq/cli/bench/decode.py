@@ -32,9 +32,9 @@ from mixkvq.report.tables import decode_table
 
 
 def decode(
-    context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache.  [default: 1024 4096]")] = None,
-    cache: Annotated[list[str] | None, typer.Option(help=f"{CacheHelp}  [default: default]")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="[default: bfloat16 float32]")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache.", show_default="1024 4096")] = None,
+    cache: Annotated[list[str] | None, typer.Option(help=CacheHelp, show_default="default")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="The model's type.", show_default="bfloat16 float32")] = None,
     steps: Annotated[int, typer.Option(help="Timed steps.")] = 20,
     text: TextOption = None,
     model: ModelOption = None,

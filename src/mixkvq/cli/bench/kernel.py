@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mixkvq.cli.bench.common import BatchOption, ContextOption, check_positive, pairs, require_gpu, spinner, write_rows
-from mixkvq.cli.common import CacheHelp, InputError, JsonOption, check_writable, clean_exit, output, parse_caches
+from mixkvq.cli.common import CacheHelp, InputError, JsonOption, check_writable, clean_exit, parse_caches, print_table
 from mixkvq.kernels.decode import KERNELS
 from mixkvq.report.bench import kernel_table
 
@@ -45,5 +45,5 @@ def kernel(
                 rows = bench_kernel(shapes, configs, kernel=kernel, repeats=repeats, advance=advance)
             except WrongResultError as error:
                 raise InputError(str(error)) from error
-        output.print(kernel_table(rows))
+        print_table(kernel_table(rows))
         write_rows(json_file, rows)

@@ -26,8 +26,8 @@ from mixkvq.cli.common import (
     JsonOption,
     check_writable,
     clean_exit,
-    output,
     parse_caches,
+    print_table,
 )
 from mixkvq.report.bench import capacity_table, generate_table, prefill_table
 
@@ -59,7 +59,7 @@ def generate(
 
         with spinner("decoding") as advance:
             rows = bench_generate(network, points, configs, steps=steps, advance=advance)
-        output.print(generate_table(rows, name))
+        print_table(generate_table(rows, name))
         write_rows(json_file, rows, model=name, dtype=dtype)
 
 
@@ -89,7 +89,7 @@ def capacity(
                 rows = bench_capacity(network, context, configs, memory=limit, steps=steps, advance=advance)
             except NoRoomError as error:
                 raise InputError(str(error)) from error
-        output.print(capacity_table(rows, name))
+        print_table(capacity_table(rows, name))
         write_rows(json_file, rows, model=name, dtype=dtype)
 
 
@@ -114,5 +114,5 @@ def prefill(
 
         with spinner("prompts") as advance:
             rows = bench_prefill(network, points, configs, repeats=repeats, advance=advance)
-        output.print(prefill_table(rows, name))
+        print_table(prefill_table(rows, name))
         write_rows(json_file, rows, model=name, dtype=dtype)

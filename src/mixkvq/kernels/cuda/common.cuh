@@ -5,9 +5,8 @@
 
 // Set by the launcher from the page layout: KV_HEADS, HEAD_DIM, KEY_BITS, KEY_GROUPS, VALUE_BITS, VALUE_GROUPS, PAGE_BYTES,
 // the offsets of a page's and a chunk's fields, SINKS, ROTATED, SOFTCAP, BFLOAT16, ROW_TILES (4 query rows each), WARPS,
-// MAX_PARTS, BLOCKS_PER_MULTIPROCESSOR.
+// TOKENS of a page, STAGED_CHUNKS, MAX_PARTS, BLOCKS_PER_MULTIPROCESSOR.
 
-constexpr int TOKENS = 128;
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROWS = 4 * ROW_TILES;
 constexpr int KEY_STEPS = HEAD_DIM / 32;
@@ -18,8 +17,6 @@ constexpr int KEY_PLANE_BYTES = HEAD_DIM * 32;  // of one head
 constexpr int VALUE_PLANE_BYTES = HEAD_DIM * 32;
 constexpr int KEY_PARAM_BYTES = KEY_GROUPS * HEAD_DIM * 2;
 constexpr int VALUE_PARAM_BYTES = VALUE_GROUPS * TOKENS * 2;
-// Chunks of low bits that are copied ahead; a head with more reads the others where they are.
-constexpr int STAGED_CHUNKS = 4;
 constexpr int STAGED_BYTES = LANES4 ? CHUNK4_BYTES : 16;
 constexpr int PRODUCT_STRIDE = HEAD_DIM + 8;  // rows of a shared array on different banks
 constexpr int WEIGHT_STRIDE = TOKENS + 24;
@@ -31,6 +28,8 @@ constexpr float TO_INTEGER = 12582912.f;
 // The largest fixed-point numbers whose digits still fit, with room for rounding.
 constexpr float SIGNED_RANGE = 32512.f;
 constexpr float UNSIGNED_RANGE = 65280.f;
+// Key sums of the largest codes, where they lie in their bytes, must fit into 31 bits; promoted lanes add a quarter.
+static_assert(HEAD_DIM * 192ll * (32512 + 8128 + 256) < (1ll << 31), "int32 sums overflow");
 
 struct Arguments {
     const u16 *query, *new_keys, *new_values;

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -27,6 +26,10 @@ PAGES_PER_WARP = 4
 MAX_PARTS = 256
 #: Tokens of a page.
 TOKENS = 128
+#: Chunks of low bits that a warp copies ahead; a head with more has the others copied at its turn.
+STAGED_CHUNKS = 4
+#: The first compute capability that has all its instructions: asynchronous copies, 8-bit products of this shape.
+CAPABILITY = (8, 0)
 
 
 class LaunchableKernel(Protocol):
@@ -61,9 +64,16 @@ class Arguments(ctypes.Structure):
 
 def unsupported(query: Tensor, tensors: CacheTensors) -> str | None:
     """Why the kernel cannot serve a step, or None if it can."""
-    layout = tensors.layout
+    if not _has_bindings():
+        return "the package cuda-bindings is missing, or the libraries that it needs"
+    return _unsupported(tensors.layout, tensors.sinks, query.dtype, query.device, _row_tiles(query, tensors.layout))
+
+
+@lru_cache(maxsize=64)
+def _unsupported(
+    layout: PageLayout, sinks: int, dtype: torch.dtype, device: torch.device, row_tiles: int
+) -> str | None:
     checks = (
-        (not _has_bindings(), "the package cuda-bindings is missing"),
         (layout.key_dim != layout.value_dim, "keys and values of different dimensions"),
         (layout.key_dim not in (64, 96, 128, 256), f"head dimension {layout.key_dim}"),
         (layout.tokens != TOKENS, f"pages of {layout.tokens} tokens"),
@@ -73,18 +83,62 @@ def unsupported(query: Tensor, tensors: CacheTensors) -> str | None:
         (layout.key_bits == 4 and bool(layout.promoted_bits), "channels promoted above 4 bits"),
         (not set(layout.promoted_bits) <= {4, DENSE_BITS}, f"channels promoted to {layout.promoted_bits} bits"),
         (layout.param_dtype != torch.float16, f"scales in {layout.param_dtype}"),
-        (query.dtype not in (torch.bfloat16, torch.float16), f"queries in {query.dtype}"),
-        (query.dtype != layout.dense_dtype, f"queries in {query.dtype} and a cache in {layout.dense_dtype}"),
+        (dtype not in (torch.bfloat16, torch.float16), f"queries in {dtype}"),
+        (dtype != layout.dense_dtype, f"queries in {dtype} and a cache in {layout.dense_dtype}"),
     )
-    return next((reason for fails, reason in checks if fails), None)
+    if reason := next((reason for fails, reason in checks if fails), None):
+        return reason
+    capability, limit = _capability(device), _shared_limit(device)
+    if capability < CAPABILITY:
+        return "compute capability {}.{}".format(*capability)
+    needed = shared_bytes(layout, sinks, row_tiles)
+    return None if needed <= limit else f"{needed:,} bytes of shared memory, of which the device has {limit:,}"
 
 
 @functools.cache
 def _has_bindings() -> bool:
-    try:
-        return find_spec("cuda.bindings") is not None
-    except ModuleNotFoundError:  # no package "cuda" either
+    """Whether NVRTC can be called: bindings are no proof of the libraries behind them, nor of a GPU of NVIDIA's."""
+    if torch.version.hip is not None:
         return False
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+@lru_cache(maxsize=16)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=16)
+def _shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block of threads can have."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+def shared_bytes(layout: PageLayout, sinks: int, row_tiles: int) -> int:
+    """``sizeof(Memory)`` of ``common.cuh``, known before anything is compiled."""
+    rows, dim, groups = TILE_ROWS * row_tiles, layout.key_dim, layout.tokens // layout.key_group
+    low_bits = layout.chunks.get(4)
+    params = 2 * 2 * (groups * dim + layout.value_groups * TOKENS)
+    planes = layout.value_bits // 2 * dim * 32
+    chunks = STAGED_CHUNKS * low_bits.nbytes if low_bits else 2 * 16
+    products = groups * rows * (dim + 8) if low_bits else dim + 8
+    warp = params + planes + chunks + 4 * max(products, rows * (TOKENS + 24))
+    packed = max(WARPS * _aligned(warp), 4 * WARPS * rows * (dim + 2))
+    slices = max(32 * WARPS // (dim // 2), 1)
+    dense = 4 * rows * (sinks + TOKENS + 16 + slices * dim)
+    merge = 4 * (rows * MAX_PARTS + rows + 1)
+    return 4 * rows * dim + _aligned(max(packed, dense, merge))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 16) * 16
 
 
 def decode_attention(
@@ -102,8 +156,9 @@ def decode_attention(
     """See :func:`mixkvq.kernels.decode.decode_attention`; for what :func:`unsupported` lets pass."""
     batch, heads, length, dim = query.shape
     kv_heads = cache.layout.kv_heads
-    query, keys, values = (_vectors(x) for x in (query, keys, values))
-    row_tiles = 2 if heads // kv_heads * length > TILE_ROWS else 1
+    # New tokens are rounded to the type in which they will be stored.
+    query, keys, values = (_vectors(x.to(cache.layout.dense_dtype)) for x in (query, keys, values))
+    row_tiles = _row_tiles(query, cache.layout)
     kernel = _kernel(cache, query.dtype, softcap is not None, row_tiles)
     rows = TILE_ROWS * row_tiles
     heads_grid = kv_heads * -(-heads // kv_heads * length // rows)
@@ -140,7 +195,13 @@ def decode_attention(
 def _vectors(x: Tensor) -> Tensor:
     """``x``, or a copy whose vectors the kernel can load 16 bytes at a time."""
     aligned = x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
-    return x if aligned else x.contiguous()
+    # Not `contiguous`, which leaves a tensor that begins between two vectors where it is.
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _row_tiles(query: Tensor, layout: PageLayout) -> int:
+    """Tiles of query rows that a block handles: one suffices where a KV head has no more rows."""
+    return 2 if query.shape[1] // layout.kv_heads * query.shape[2] > TILE_ROWS else 1
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -154,7 +215,7 @@ def _kernel(cache: CacheTensors, dtype: torch.dtype, softcap: bool, row_tiles: i
 
 def resident_blocks(layout: PageLayout, row_tiles: int) -> int:
     """Blocks that the compiler leaves a multiprocessor room for: as many as run without spilling registers."""
-    if layout.key_bits == 4 or layout.key_dim > 128 or row_tiles > 1:
+    if layout.key_bits == 4 or layout.key_dim > 128 or row_tiles > 1 or DENSE_BITS in layout.promoted_bits:
         return 2
     return 4 if layout.key_group == layout.tokens else 3
 
@@ -179,6 +240,8 @@ def kernel_macros(
         "BFLOAT16": dtype == torch.bfloat16,
         "ROW_TILES": row_tiles,
         "WARPS": WARPS,
+        "TOKENS": TOKENS,
+        "STAGED_CHUNKS": STAGED_CHUNKS,
         "MAX_PARTS": MAX_PARTS,
         "BLOCKS_PER_MULTIPROCESSOR": resident_blocks(layout, row_tiles),
     }

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,26 +16,27 @@ from mixkvq.store.static import StaticStore
 def advance(store: StaticStore, count: int) -> None:
     """As ``store.advance(count)``."""
     books, shape = store.books, store.shape
-    _advance[(1,)](
-        books.lengths,
-        books.table,
-        books.next_page,
-        books.overflow,
-        books.fresh,
-        store.numbers,
-        store.active,
-        store.all_run_starts,
-        store.per_page,
-        count,
-        shape.batch,
-        books.pages,
-        LAYERS=shape.layers,
-        SINKS=shape.sinks,
-        TOKENS=store.layout.tokens,
-        WIDTHS=0 if shape.chunks_per_page is None else len(store.chunks),
-        ROWS=triton.next_power_of_2(shape.batch),
-        num_warps=1,
-    )
+    with torch.cuda.device_of(books.lengths):
+        _advance[(1,)](
+            books.lengths,
+            books.table,
+            books.next_page,
+            books.overflow,
+            books.fresh,
+            store.numbers,
+            store.active,
+            store.all_run_starts,
+            store.per_page,
+            count,
+            shape.batch,
+            books.pages,
+            LAYERS=shape.layers,
+            SINKS=shape.sinks,
+            TOKENS=store.layout.tokens,
+            WIDTHS=0 if shape.chunks_per_page is None else len(store.chunks),
+            ROWS=triton.next_power_of_2(shape.batch),
+            num_warps=1,
+        )
 
 
 def hand_out_chunks(store: StaticStore, bits: Tensor) -> None:
@@ -46,20 +48,21 @@ def hand_out_chunks(store: StaticStore, bits: Tensor) -> None:
     layout = store.layout
     channels = layout.kv_heads * layout.key_dim
     for at, width in enumerate(layout.promoted_bits):
-        _hand_out[(len(bits),)](
-            bits,
-            store.active,
-            store.next_chunk[at:],
-            store.homeless,
-            store.run_starts[width],
-            len(store.chunks[width]),
-            channels,
-            WIDTH=width,
-            LANES=layout.lanes(width),
-            KEY_BITS=layout.key_bits,
-            CHANNELS=triton.next_power_of_2(channels),
-            num_warps=1,
-        )
+        with torch.cuda.device_of(bits):
+            _hand_out[(len(bits),)](
+                bits,
+                store.active,
+                store.next_chunk[at:],
+                store.homeless,
+                store.run_starts[width],
+                len(store.chunks[width]),
+                channels,
+                WIDTH=width,
+                LANES=layout.lanes(width),
+                KEY_BITS=layout.key_bits,
+                CHANNELS=triton.next_power_of_2(channels),
+                num_warps=1,
+            )
 
 
 @triton.jit

@@ -20,8 +20,6 @@ from mixkvq.kernels.triton.decode_kernel import decode_kernel
 from mixkvq.kernels.triton.read_format import read_format
 from mixkvq.store.tensors import CacheTensors
 
-#: New tokens that one call may have.
-MAX_TOKENS = 8
 #: Programs of one warp for every multiprocessor: latency is hidden by having many.
 PROGRAMS_PER_MULTIPROCESSOR = 8
 #: Multiprocessors that the interpreter counts, so that small contexts are split too.
@@ -63,14 +61,10 @@ def decode_attention(
     Returns:
         ``[B, Hq, L, D]`` in the queries' type.
 
-    Raises:
-        ValueError: L, or the number of dense slots, is not what is allowed.
-        RuntimeError: the first call is captured by a CUDA graph.
     """
     batch, heads, length, key_dim = query.shape
     layout = cache.layout
     group = heads // layout.kv_heads
-    _check(length, append, cache)
     query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
 
     rows = 8 if group * length <= 8 else 16
@@ -85,58 +79,51 @@ def decode_attention(
     total, count = statistics if statistics is not None else (None, None)
     rotated = layout.value_dim & -layout.value_dim if cache.rotated else 1
 
-    decode_kernel[(1 + splits, groups, batch)](
-        query,
-        keys,
-        values,
-        output,
-        cache.pages,
-        # Triton has no empty tuples.
-        tuple(cache.chunks[bits] for bits in layout.promoted_bits) or (cache.pages,),
-        cache.table,
-        cache.lengths,
-        cache.dense_keys,
-        cache.dense_values,
-        sinks,
-        states,
-        sums,
-        tickets(query.device, batch * groups * (1 + triton.cdiv(splits, team))),
-        total,
-        count,
-        scaling,
-        softcap if softcap is not None else 1.0,
-        query.stride()[:3],
-        keys.stride()[:3],
-        values.stride()[:3],
-        cache.dense_keys.stride()[:3],
-        cache.dense_values.stride()[:3],
-        cache.table.stride(0),
-        length,
-        group,
-        row_tiles,
-        team,
-        F=read_format(layout),
-        ROWS=rows,
-        KEY_CHANNELS=_padded(key_dim),
-        VALUE_CHANNELS=_padded(layout.value_dim),
-        GROUP_CHANNELS=_padded(layout.value_dim // layout.value_groups),
-        SINK_TOKENS=cache.sinks,
-        SOFTCAP=softcap is not None,
-        ROTATED=rotated,
-        APPEND=append,
-        num_warps=1,
-        # Pages without tiers are one loop, and pipelined whole, which takes shared memory.
-        num_stages=3 if layout.promoted_bits else 2,
-    )
+    with torch.cuda.device_of(query):
+        decode_kernel[(1 + splits, groups, batch)](
+            query,
+            keys,
+            values,
+            output,
+            cache.pages,
+            # Triton has no empty tuples.
+            tuple(cache.chunks[bits] for bits in layout.promoted_bits) or (cache.pages,),
+            cache.table,
+            cache.lengths,
+            cache.dense_keys,
+            cache.dense_values,
+            sinks,
+            states,
+            sums,
+            tickets(query.device, batch * groups * (1 + triton.cdiv(splits, team))),
+            total,
+            count,
+            scaling,
+            softcap if softcap is not None else 1.0,
+            query.stride()[:3],
+            keys.stride()[:3],
+            values.stride()[:3],
+            cache.dense_keys.stride()[:3],
+            cache.dense_values.stride()[:3],
+            cache.table.stride(0),
+            length,
+            group,
+            row_tiles,
+            team,
+            F=read_format(layout),
+            ROWS=rows,
+            KEY_CHANNELS=_padded(key_dim),
+            VALUE_CHANNELS=_padded(layout.value_dim),
+            GROUP_CHANNELS=_padded(layout.value_dim // layout.value_groups),
+            SINK_TOKENS=cache.sinks,
+            SOFTCAP=softcap is not None,
+            ROTATED=rotated,
+            APPEND=append,
+            num_warps=1,
+            # Pages without tiers are one loop, and pipelined whole, which takes shared memory.
+            num_stages=3 if layout.promoted_bits else 2,
+        )
     return output
-
-
-def _check(length: int, append: bool, cache: CacheTensors) -> None:
-    if not 1 <= length <= MAX_TOKENS:
-        raise ValueError(f"Decoding takes 1 to {MAX_TOKENS} new tokens, {length} were given: use the torch path.")
-    needed, slots = cache.sinks + cache.layout.tokens + MAX_TOKENS, cache.dense_keys.shape[2]
-    if append and slots < needed:
-        raise ValueError(f"To append, the cache needs {needed} dense slots (sinks + R + {MAX_TOKENS}), it has {slots}.")
 
 
 def _splits(tasks: int, blocks: int, multiprocessors: int) -> int:
