@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a module with kernels is imported
 
 from mixkvq import MixKVQConfig, all_presets
-from mixkvq.cache import LayerCache, Step
+from mixkvq.layers import LayerCache, Step
 from mixkvq.policies import policy_class
 
 #: Every preset, and overrides that reach what no preset does: both thresholds crossed, odd widths, small blocks.

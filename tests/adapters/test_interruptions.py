@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from mixkvq import CacheFullError, MixKVQCache, MixKVQStaticCache, UnsupportedModelError
 from mixkvq.adapters.transformers.layer import MixKVQLayer
 from mixkvq.adapters.transformers.static_layer import MixKVQStaticLayer
+from mixkvq.layers import ModelCache
 from mixkvq.models import attention
-from mixkvq.static import ModelCache
 from mixkvq.store import PagedStore
 from mixkvq.store.static import StaticStore
 from models import SIZE, VOCABULARY, tiny_model

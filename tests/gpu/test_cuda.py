@@ -5,7 +5,7 @@ import torch
 
 from conftest import layer_cache, random_step
 from mixkvq import MixKVQCache, MixKVQConfig
-from mixkvq.cache import Step
+from mixkvq.layers import Step
 from mixkvq.models import attention
 from models import VOCABULARY, tiny_model
 

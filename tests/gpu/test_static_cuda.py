@@ -5,10 +5,9 @@ import torch
 
 from conftest import random_step
 from mixkvq import MixKVQCache, MixKVQConfig, MixKVQStaticCache
-from mixkvq.cache import Step
+from mixkvq.layers import ModelCache, Step
 from mixkvq.models import attention
 from mixkvq.policies import policy_class
-from mixkvq.static import ModelCache
 from mixkvq.store.shape import Capacity
 from models import VOCABULARY, tiny_model
 

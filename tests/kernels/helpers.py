@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from mixkvq.cache import LayerCache
+from mixkvq.layers import LayerCache
 from mixkvq.store.tensors import CacheTensors
 
 

@@ -8,9 +8,9 @@ from test_packed import oracle
 
 from conftest import layer_cache, random_step
 from mixkvq import MixKVQConfig
-from mixkvq.cache import LayerCache, Step
 from mixkvq.kernels import tickets
 from mixkvq.kernels.cuda import decode
+from mixkvq.layers import LayerCache, Step
 from mixkvq.quant.salience import QueryStatistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,8 +7,8 @@ import torch
 
 from conftest import layer_cache, random_step
 from mixkvq import MixKVQConfig
-from mixkvq.cache import LayerCache, Step
 from mixkvq.kernels.decode import decode_attention
+from mixkvq.layers import LayerCache, Step
 from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store.tensors import CacheTensors
 

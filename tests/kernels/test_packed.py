@@ -5,10 +5,10 @@ import torch
 
 from conftest import layer_cache, random_step
 from mixkvq import MixKVQConfig
-from mixkvq.cache import LayerCache, Step
 from mixkvq.kernels import packed, partial
 from mixkvq.kernels.partial import causal
 from mixkvq.kernels.reference import attention, dequantize_pages
+from mixkvq.layers import LayerCache, Step
 
 
 def oracle(cache: LayerCache, step: Step, row: int, real: torch.Tensor | None = None, **options) -> torch.Tensor:

@@ -9,8 +9,8 @@ from kernels.helpers import current_devices
 from mixkvq import MixKVQConfig
 from mixkvq.kernels.triton import advance as module
 from mixkvq.kernels.triton.advance import advance, hand_out_chunks
+from mixkvq.layers.recipe import Recipe
 from mixkvq.policies import policy_class
-from mixkvq.recipe import Recipe
 from mixkvq.store.shape import StaticShape
 from mixkvq.store.static import StaticStore
 

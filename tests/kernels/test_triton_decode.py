@@ -9,10 +9,10 @@ from conftest import layer_cache, random_step
 from kernels.helpers import cache_tensors, current_devices
 from kernels.test_packed import oracle
 from mixkvq import MixKVQConfig
-from mixkvq.cache import LayerCache, Step
 from mixkvq.kernels import tickets
 from mixkvq.kernels.triton import available, decode
 from mixkvq.kernels.triton.decode import decode_attention
+from mixkvq.layers import LayerCache, Step
 from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store.tensors import CacheTensors
 

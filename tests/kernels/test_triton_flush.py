@@ -12,11 +12,11 @@ pytest.importorskip("triton")
 
 from conftest import CONFIGS, layer_cache, random_step
 from mixkvq import MixKVQConfig
-from mixkvq.cache import Step
 from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.kernels.triton import available
 from mixkvq.kernels.triton.pack import pack_blocks
 from mixkvq.kernels.triton.plan import plan_blocks
+from mixkvq.layers import Step
 from mixkvq.policies import KeyBlock, PlanRule, Policy, policy_class
 from mixkvq.policies.kivi import KIVI
 from mixkvq.policies.mixkvq import MixKVQ

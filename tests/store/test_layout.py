@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixkvq import MixKVQConfig
-from mixkvq.cache import expected_bits, page_layout
+from mixkvq.layers.recipe import expected_bits, page_layout
 from mixkvq.policies import policy_class
 
 

@@ -4,8 +4,8 @@ import torch
 
 from conftest import layer_cache, random_step
 from mixkvq import MixKVQConfig
-from mixkvq.cache import LayerCache, Step
 from mixkvq.kernels.reference import dequantize_pages
+from mixkvq.layers import LayerCache, Step
 
 
 def filled(config: MixKVQConfig | str, *lengths: int, batch: int = 2, **shape: int) -> LayerCache:

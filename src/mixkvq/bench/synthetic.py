@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixkvq.cache import LayerCache, Step
 from mixkvq.config import MixKVQConfig
 from mixkvq.kernels.reference import dequantize_keys
 from mixkvq.kernels.unpack import stored_values
+from mixkvq.layers import LayerCache, Step
 from mixkvq.policies import policy_class
 from mixkvq.quant.rotation import rotate
 from mixkvq.store.books import blocks_of

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from mixkvq.bench.decode import DecodeRow
-from mixkvq.cache import expected_bits
 from mixkvq.config import MixKVQConfig, all_presets
 from mixkvq.evaluate.fidelity import Fidelity
+from mixkvq.layers.recipe import expected_bits
 from mixkvq.store import MemoryReport
 
 

@@ -12,8 +12,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from mixkvq.adapters.transformers.handle import KVHandle
 from mixkvq.adapters.transformers.masks import MaskReader, to_bool
 from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, check_finite
-from mixkvq.cache import LayerCache, Step
 from mixkvq.config import MixKVQConfig
+from mixkvq.layers import LayerCache, Step
 from mixkvq.policies import Policy
 from mixkvq.store import MemoryReport
 
@@ -98,7 +98,7 @@ class MixKVQLayer(CacheLayerMixin):
             self.batch_select_indices(torch.arange(self.cache.store.batch).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` positions; see :meth:`mixkvq.cache.LayerCache.crop`."""
+        """Remove the last ``-tokens_to_remove`` positions; see :meth:`mixkvq.layers.LayerCache.crop`."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop({tokens_to_remove}): give the number of tokens to remove as a negative integer, as in "

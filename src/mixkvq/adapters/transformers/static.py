@@ -14,8 +14,8 @@ from mixkvq.adapters.transformers.cache import held_tensors
 from mixkvq.adapters.transformers.static_layer import MixKVQStaticLayer, StaticState
 from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, settings
 from mixkvq.config import ConfigError, MixKVQConfig
+from mixkvq.layers import ModelCache
 from mixkvq.policies import Policy
-from mixkvq.static import ModelCache
 from mixkvq.store import MemoryReport
 from mixkvq.store.shape import Capacity
 

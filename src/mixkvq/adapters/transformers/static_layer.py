@@ -14,10 +14,9 @@ from mixkvq.adapters.transformers.handle import KVHandle
 from mixkvq.adapters.transformers.masks import MaskReader, mark_positions
 from mixkvq.adapters.transformers.static_op import attend, new_anchor
 from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, check_finite
-from mixkvq.cache import Step
 from mixkvq.kernels.decode import MAX_STEP
 from mixkvq.kernels.partial import causal
-from mixkvq.static import ModelCache
+from mixkvq.layers import ModelCache, Step
 
 
 class StaticState:

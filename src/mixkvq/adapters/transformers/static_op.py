@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from mixkvq.adapters.transformers.support import check_finite
-from mixkvq.cache import Step
-from mixkvq.static import ModelCache
+from mixkvq.layers import ModelCache, Step
 
 #: Anchors are never freed: a graph that was recorded for a cache must not be replayed for a later one whose anchor
 #: happens to get the same address.

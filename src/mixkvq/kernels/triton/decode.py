@@ -60,7 +60,6 @@ def decode_attention(
 
     Returns:
         ``[B, Hq, L, D]`` in the queries' type.
-
     """
     batch, heads, length, key_dim = query.shape
     layout = cache.layout

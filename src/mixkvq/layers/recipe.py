@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from mixkvq.config import MixKVQConfig
-from mixkvq.policies import KeyBlock, Policy
+from mixkvq.policies import KeyBlock, Policy, policy_class
 from mixkvq.quant.block import DENSE_BITS, QuantizedKeys, QuantizedValues, quantize_keys, quantize_values
-from mixkvq.store import PageLayout
+from mixkvq.store import MemoryReport, PageLayout
+
+#: Numbers that are quantized at once when a long prompt is flushed, to bound memory.
+MAX_QUANTIZED = 1 << 23
 
 
 def page_layout(
@@ -146,3 +149,20 @@ class Recipe:
             value_unbiased=self.config.value_unbiased,
             rotated=self.rotated,
         )
+
+
+def expected_bits(
+    config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[float, float, bool]:
+    """Honest bits per packed key and value element, as the page format has them.
+
+    Returns:
+        key bits, value bits, and whether these are final: a policy with thresholds promotes channels by the data, and
+        key bits are then those without any.
+    """
+    policy = policy_class(config.policy)(config)
+    layout = page_layout(config, policy, kv_heads, head_dim, head_dim, dtype)
+    promoted = policy.promoted_channels(kv_heads, head_dim)
+    page = MemoryReport(layout.part_bytes(promoted or {}))
+    page.packed_keys = page.packed_values = kv_heads * layout.tokens * head_dim
+    return page.key_bits, page.value_bits, promoted is not None

@@ -1,4 +1,4 @@
-"""All attention layers of a model in one statically shaped cache, free of any framework: the twin of :mod:`.cache`."""
+"""The caches of all layers of a model in tensors of a fixed size: the twin of :mod:`.growing`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mixkvq.cache import Step
 from mixkvq.config import MixKVQConfig
 from mixkvq.kernels.decode import decode_attention, torch_attention
+from mixkvq.layers.flush import flush_step, pack, rehearse
+from mixkvq.layers.recipe import Recipe
+from mixkvq.layers.step import Step
+from mixkvq.layers.surroundings import ordinary_tensors
 from mixkvq.policies import Policy
 from mixkvq.quant.salience import QueryStatistics
-from mixkvq.recipe import Recipe
-from mixkvq.static_flush import flush_step, pack, rehearse
 from mixkvq.store import MemoryReport
 from mixkvq.store.appending import AppendPlan
 from mixkvq.store.books import CacheFullError, steps_left
 from mixkvq.store.shape import Capacity, StaticShape
 from mixkvq.store.static import StaticStore, new_store
 from mixkvq.store.view import DenseTokens, PackedPages
-from mixkvq.surroundings import ordinary_tensors
 
 
 class ModelCache:
@@ -198,7 +198,7 @@ class ModelCache:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`mixkvq.cache.LayerCache.attend`, between :meth:`begin` and :meth:`append`."""
+        """As :meth:`mixkvq.layers.LayerCache.attend`, between :meth:`begin` and :meth:`append`."""
         store = self.store
         pages, filled = self._past
         if pages is not None:

@@ -1,9 +1,8 @@
-"""One attention layer's quantized cache, free of any framework: policy, quantizer, store and kernels put together."""
+"""The cache of one layer, which grows with its tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,62 +10,15 @@ from torch import Tensor
 from mixkvq.config import MixKVQConfig
 from mixkvq.kernels.decode import MAX_STEP, decode_attention, has_kernels, torch_attention
 from mixkvq.kernels.reference import dequantize_pages
-from mixkvq.policies import Policy, policy_class
+from mixkvq.layers.recipe import MAX_QUANTIZED, Recipe
+from mixkvq.layers.step import Step
+from mixkvq.layers.surroundings import ordinary_tensors
+from mixkvq.policies import Policy
 from mixkvq.quant.salience import QueryStatistics
-from mixkvq.recipe import Recipe, page_layout
 from mixkvq.store import MemoryReport, PagedStore
 from mixkvq.store.appending import FullBlocks
 from mixkvq.store.packing import chunk_counts
 from mixkvq.store.tensors import CacheTensors
-from mixkvq.surroundings import ordinary_tensors
-
-#: Numbers that are quantized at once when a long prompt is flushed, to bound memory.
-MAX_QUANTIZED = 1 << 23
-
-
-@dataclass(frozen=True)
-class Step:
-    """New tokens of one forward pass: ``query [B, Hq, L, D]``, ``keys, values [B, Hkv, L, D]`` after RoPE.
-
-    ``real [B, L]`` bool is False at padding; None if all tokens are real.
-    """
-
-    query: Tensor
-    keys: Tensor
-    values: Tensor
-    real: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[2]
-
-    def tokens(self, start: int, stop: int) -> Step:
-        """The tokens ``start`` to ``stop``."""
-        real = None if self.real is None else self.real[:, start:stop]
-        part = slice(start, stop)
-        return Step(self.query[:, :, part], self.keys[:, :, part], self.values[:, :, part], real)
-
-    def copy(self) -> Step:
-        """The same tokens in memory of their own, outside any gradient."""
-        query, keys, values = (x.detach().clone() for x in (self.query, self.keys, self.values))
-        return Step(query, keys, values, self.real)
-
-
-def expected_bits(
-    config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16
-) -> tuple[float, float, bool]:
-    """Honest bits per packed key and value element, as the page format has them.
-
-    Returns:
-        key bits, value bits, and whether these are final: a policy with thresholds promotes channels by the data, and
-        key bits are then those without any.
-    """
-    policy = policy_class(config.policy)(config)
-    layout = page_layout(config, policy, kv_heads, head_dim, head_dim, dtype)
-    promoted = policy.promoted_channels(kv_heads, head_dim)
-    page = MemoryReport(layout.part_bytes(promoted or {}))
-    page.packed_keys = page.packed_values = kv_heads * layout.tokens * head_dim
-    return page.key_bits, page.value_bits, promoted is not None
 
 
 class LayerCache:

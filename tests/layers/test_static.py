@@ -5,10 +5,9 @@ import torch
 
 from conftest import layer_cache, random_step
 from mixkvq import MixKVQConfig
-from mixkvq.cache import LayerCache, Step
 from mixkvq.kernels.reference import dequantize_pages
+from mixkvq.layers import LayerCache, ModelCache, Step
 from mixkvq.policies import policy_class
-from mixkvq.static import ModelCache
 from mixkvq.store.books import Books, CacheFullError, steps_left
 from mixkvq.store.shape import Capacity
 from mixkvq.store.view import PackedPages
@@ -113,7 +112,7 @@ def test_kernels_fill_it_as_torch_does(text: str, monkeypatch: pytest.MonkeyPatc
     passes = [padded(steps(2, size + 7), [0, 12]), padded(steps(2, size), [7, 0]), steps(2, 1), steps(2, 8)]
     stores = []
     for kernels in (False, True):
-        for module in ("mixkvq.static_flush", "mixkvq.kernels.decode"):
+        for module in ("mixkvq.layers.flush", "mixkvq.kernels.decode"):
             monkeypatch.setattr(f"{module}.has_kernels", lambda device, on=kernels: on)
         cache = model_cache(config, max_tokens=8 * size, promoted_share=1.0)
         outputs = [take(cache, layers) for layers in passes]

@@ -7,7 +7,7 @@ import torch
 
 from conftest import layer_cache, random_step
 from mixkvq import MixKVQConfig
-from mixkvq.cache import LayerCache, Step
+from mixkvq.layers import LayerCache, Step
 from mixkvq.policies.kivi import KIVI
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixkvq.cache import MAX_QUANTIZED, Step
 from mixkvq.kernels.decode import decode_attention, has_kernels
+from mixkvq.layers.recipe import MAX_QUANTIZED, Recipe
+from mixkvq.layers.step import Step
 from mixkvq.quant.salience import QueryStatistics
-from mixkvq.recipe import Recipe
 from mixkvq.store.appending import BlockSource
 from mixkvq.store.packing import write_blocks
 from mixkvq.store.static import StaticStore
