@@ -122,6 +122,16 @@ def test_sliding_layers_are_not_warned_about(architecture: str, caplog):
     assert not caplog.records
 
 
+def test_rows_that_do_not_exist(model):
+    cache = MixKVQCache(model.config)
+    with attention(model, "mixkvq"):
+        model(ids(batch=2), past_key_values=cache)
+    with pytest.raises(IndexError, match=r"Rows \[0, 5\] of a batch of 2: they are -2 to 1"):
+        cache.batch_select_indices(torch.tensor([0, 5]))
+    cache.batch_select_indices(torch.tensor([-1]))
+    assert cache.quantized_layers[0].cache.store.batch == 1
+
+
 def test_positive_crops(model):
     with pytest.raises(ValueError, match="negative integer"):
         MixKVQCache(model.config).crop(5)

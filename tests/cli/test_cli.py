@@ -1,6 +1,7 @@
 """The commands as a newcomer types them, on a tiny model in a folder."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -209,6 +210,16 @@ def test_interrupting_is_clean(folder: Path, text: Path, tmp_path: Path, monkeyp
     assert result.exit_code == 130
     assert "Interrupted" in result.output
     assert not path.exists()
+
+
+def test_memory_that_runs_out_is_no_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nDetails")
+
+    monkeypatch.setattr(sys.modules["mixkvq.cli.generate"], "generate_text", full)
+    answer = complaint("generate", "w5", "--model", folder)
+    assert "Tried to allocate 2.00 GiB" in answer
+    assert "fewer or shorter sequences" in answer
 
 
 def test_missing_packages_name_what_to_install(monkeypatch: pytest.MonkeyPatch):

@@ -71,6 +71,10 @@ def clean_exit() -> Iterator[None]:
     except (ConfigError, InputError, ModelError, TextError, UnsupportedModelError) as error:
         notes.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+    except torch.OutOfMemoryError as error:
+        notes.print(f"[bold red]Error:[/] {escape(str(error).splitlines()[0])}", highlight=False, soft_wrap=True)
+        notes.print("Ask for fewer or shorter sequences, or a smaller model.")
+        raise typer.Exit(2) from None
 
 
 def parse_caches(names: Sequence[str]) -> dict[str, MixKVQConfig]:

@@ -88,8 +88,11 @@ class MixKVQLayer(CacheLayerMixin):
             return
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
+        batch, rows = self.cache.store.batch, indices.tolist()
+        if not all(-batch <= row < batch for row in rows):
+            raise IndexError(f"Rows {rows} of a batch of {batch}: they are {-batch} to {batch - 1}.")
         self._commit()
-        self.cache.select([row % self.cache.store.batch for row in indices.tolist()])
+        self.cache.select([row % batch for row in rows])
         if self.real is not None:
             self.real = self.real[indices.to(self.real.device)]
 
