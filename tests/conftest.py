@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores. Threads of their own would wait for each other in every small operation.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
