@@ -67,6 +67,12 @@ def test_generate_prints_text_and_table(folder: Path):
     assert "3 tokens read" in result.output
 
 
+def test_generate_explains_why_a_short_text_is_larger(folder: Path):
+    result = run("generate", "w5", "--model", folder, "--max-new-tokens", 2, "--dtype", "float32")
+    assert "x larger" in result.output
+    assert "the newest 128 tokens stay unpacked" in " ".join(result.output.split())
+
+
 def test_generate_as_json(folder: Path):
     prompt = " ".join(f"w{3 + i % 100}" for i in range(300))
     options = (

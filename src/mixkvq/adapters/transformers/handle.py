@@ -30,9 +30,9 @@ class KVHandle:
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise UnsupportedModelError(
-            "This model works on keys or values between the cache and the attention function, where the packed cache "
-            "has no tensors. Either the model was not loaded with attn_implementation='mixkvq', or its architecture "
-            "does not go through transformers' attention interface and cannot use MixKVQCache."
+            "The model was not loaded with attn_implementation='mixkvq', or its architecture does not go through "
+            "transformers' attention interface and cannot use MixKVQCache: it works on keys or values where the packed "
+            "cache has no tensors."
         )
 
     def __getattr__(self, name: str) -> NoReturn:
