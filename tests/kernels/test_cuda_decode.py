@@ -44,7 +44,7 @@ def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setattr(decode, "load_kernel", emulator.load_kernel)
         monkeypatch.setattr(decode, "_has_bindings", lambda: True)
-        monkeypatch.setattr(decode, "_multiprocessors", lambda device: 6)
+        monkeypatch.setattr(decode, "multiprocessors", lambda device: 6)
         monkeypatch.setattr(decode, "_capability", lambda device: (8, 0))
         monkeypatch.setattr(decode, "_shared_limit", lambda device: 1 << 18)
 

@@ -98,7 +98,7 @@ def test_lengths(lengths: list[int], device: torch.device):
 
 
 def test_many_splits_with_nothing_to_do(device: torch.device, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(decode, "_multiprocessors", lambda device: 100)
+    monkeypatch.setattr(decode, "multiprocessors", lambda device: 100)
     check(filled(MixKVQConfig.parse("kivi-2:residual_length=32"), [700, 130, 20], device), new_tokens(3, 1, device))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixkvq.bench.timing import Timer, captured
+from mixkvq.kernels.device import multiprocessors
 from mixkvq.kernels.triton.codes import product
 
 #: Rows of a matrix product's smallest tile.
@@ -150,7 +151,7 @@ def split_kv_attention(
     kv_heads, capacity = keys.shape[1:3]
     group = heads // kv_heads
     blocks = -(-capacity // config.block)
-    splits = max(1, min(blocks, config.programs * _multiprocessors(query.device) // (batch * kv_heads)))
+    splits = max(1, min(blocks, config.programs * multiprocessors(query.device) // (batch * kv_heads)))
     outputs = query.new_empty(batch, kv_heads, splits, group, dim, dtype=torch.float32)
     tops, masses = query.new_empty(2, batch, kv_heads, splits, group, dtype=torch.float32)
     padded = triton.next_power_of_2(dim)
@@ -166,10 +167,6 @@ def split_kv_attention(
         GROUP=group, D=dim, PADDED=padded, SPLITS=triton.next_power_of_2(splits), AT_ONCE=TILE, num_warps=4,
     )  # fmt: skip
     return result
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def tuned(

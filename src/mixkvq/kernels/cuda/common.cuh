@@ -184,22 +184,23 @@ __device__ __forceinline__ float capped(const Arguments& a, float x) {
     return SOFTCAP ? a.softcap * tanhf(x / a.softcap) * LOG2_E : x;
 }
 
-__device__ __forceinline__ float reduce_row_max(float x) {
-    for (int mask = 4; mask < 32; mask *= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, mask));
+// Over the lanes whose numbers differ in the bits FIRST, 2 FIRST, ... below END.
+template <int FIRST, int END>
+__device__ __forceinline__ float reduce_max(float x) {
+    for (int mask = FIRST; mask < END; mask *= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, mask));
     return x;
 }
-__device__ __forceinline__ float reduce_row_sum(float x) {
-    for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(ALL_LANES, x, mask);
+template <int FIRST, int END>
+__device__ __forceinline__ float reduce_sum(float x) {
+    for (int mask = FIRST; mask < END; mask *= 2) x += __shfl_xor_sync(ALL_LANES, x, mask);
     return x;
 }
-__device__ __forceinline__ float reduce_column_max(float x) {
-    for (int mask = 1; mask < 8; mask *= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, mask));
-    return x;
-}
-__device__ __forceinline__ float reduce_column_sum(float x) {
-    for (int mask = 1; mask < 8; mask *= 2) x += __shfl_xor_sync(ALL_LANES, x, mask);
-    return x;
-}
+__device__ __forceinline__ float reduce_row_max(float x) { return reduce_max<4, 32>(x); }
+__device__ __forceinline__ float reduce_row_sum(float x) { return reduce_sum<4, 32>(x); }
+__device__ __forceinline__ float reduce_column_max(float x) { return reduce_max<1, 8>(x); }
+__device__ __forceinline__ float reduce_column_sum(float x) { return reduce_sum<1, 8>(x); }
+__device__ __forceinline__ float reduce_warp_max(float x) { return reduce_max<1, 32>(x); }
+__device__ __forceinline__ float reduce_warp_sum(float x) { return reduce_sum<1, 32>(x); }
 // From the owners of operand columns to the owners of results of the same row, and back.
 __device__ __forceinline__ float to_result(float x, const Thread& t) { return __shfl_sync(ALL_LANES, x, 8 * t.tig); }
 __device__ __forceinline__ float to_column(float x, const Thread& t) { return __shfl_sync(ALL_LANES, x, t.row); }

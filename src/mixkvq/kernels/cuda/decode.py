@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixkvq.kernels.cuda.module import load_kernel
+from mixkvq.kernels.device import multiprocessors
 from mixkvq.kernels.tickets import tickets
 from mixkvq.quant.block import DENSE_BITS
 from mixkvq.store.layout import PageLayout
@@ -266,12 +267,7 @@ def _shares(kernel: LaunchableKernel, cache: CacheTensors, heads: int) -> tuple[
     From what the cache could hold: its lengths are on the device. Where there are few pages, they are spread over the
     whole device; where there are many, small shares keep the gap at the end small.
     """
-    slots = _multiprocessors(cache.pages.device) * kernel.resident_blocks(32 * WARPS)
+    slots = multiprocessors(cache.pages.device) * kernel.resident_blocks(32 * WARPS)
     pages = min(cache.table.shape[1], -(-cache.pages.shape[0] // cache.table.shape[0]))
     pages_per_warp = min(max(round(pages * heads / (WARPS * slots)), 1), PAGES_PER_WARP)
     return max(1, min(-(-pages // (WARPS * pages_per_warp)), MAX_PARTS - 1)), pages_per_warp
-
-
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -41,13 +41,13 @@ __device__ void dense_softmax(int tokens, DenseMemory& memory, float* stats) {
     for (int row = warp; row < ROWS; row += WARPS) {
         float top = minus_infinity(), mass = 0;
         for (int i = lane; i < tokens; i += 32) top = fmaxf(top, memory.weights[row][i]);
-        for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, mask));
+        top = reduce_warp_max(top);
         for (int i = lane; i < tokens; i += 32) {
             const float weight = exp2f(memory.weights[row][i] - top);
             memory.weights[row][i] = weight;
             mass += weight;
         }
-        for (int mask = 1; mask < 32; mask *= 2) mass += __shfl_xor_sync(ALL_LANES, mass, mask);
+        mass = reduce_warp_sum(mass);
         if (lane == 0) {
             stats[2 * row] = top;
             stats[2 * row + 1] = mass;

@@ -27,13 +27,13 @@ __device__ void merge_parts(const Arguments& a, const Rows& rows, int parts, con
         const float logit = sink ? a.model_sinks[rows.query_head(a, row)] * LOG2_E : minus_infinity();
         float top = logit, mass = 0;
         for (int p = lane; p < parts; p += 32) top = fmaxf(top, stats[2 * (p * ROWS + row)]);
-        for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, mask));
+        top = reduce_warp_max(top);
         for (int p = lane; p < parts; p += 32) {
             const float weight = exp2f(stats[2 * (p * ROWS + row)] - top);
             memory.weights[row][p] = weight;
             mass += weight * stats[2 * (p * ROWS + row) + 1];
         }
-        for (int mask = 1; mask < 32; mask *= 2) mass += __shfl_xor_sync(ALL_LANES, mass, mask);
+        mass = reduce_warp_sum(mass);
         if (lane == 0) memory.mass[row] = mass + (sink ? exp2f(logit - top) : 0);
     }
     __syncthreads();

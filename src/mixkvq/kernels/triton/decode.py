@@ -9,12 +9,12 @@ most 16 rows, which are (query head of the group, new token) pairs; more rows ma
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
+from mixkvq.kernels.device import multiprocessors
 from mixkvq.kernels.tickets import tickets
 from mixkvq.kernels.triton.decode_kernel import decode_kernel
 from mixkvq.kernels.triton.read_format import read_format
@@ -22,8 +22,6 @@ from mixkvq.store.tensors import CacheTensors
 
 #: Programs of one warp for every multiprocessor: latency is hidden by having many.
 PROGRAMS_PER_MULTIPROCESSOR = 8
-#: Multiprocessors that the interpreter counts, so that small contexts are split too.
-INTERPRETED_MULTIPROCESSORS = 2
 #: Splits up to which the last program merges them all.
 MERGED_AT_ONCE = 16
 #: Shortest side of an operand that a matrix product sums over.
@@ -42,24 +40,10 @@ def decode_attention(
     append: bool = False,
     statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Softmax attention of new tokens over all stored tokens of their sequence and, causally, over themselves.
+    """See :func:`mixkvq.kernels.decode.decode_attention`.
 
-    Calls on one device must be ordered, and the first one outside of any graph: see :mod:`mixkvq.kernels.tickets`.
-
-    Args:
-        query: ``[B, Hq, L, D]`` float32, bfloat16 or float16 after RoPE, not scaled; L is at most 8. Products of
-            16-bit queries are in bfloat16, of float32 queries in float32.
-        keys, values: ``[B, Hkv, L, D]``, the new tokens, not yet stored.
-        cache: what is stored; every stored token is visible to all new ones. Dense slots and table entries past
-            :attr:`CacheTensors.lengths` may hold anything.
-        scaling, softcap, sinks: see :func:`mixkvq.kernels.reference.attention`; ``sinks [Hq]``.
-        append: also write the new tokens into the dense slots after those that are filled; there must be
-            ``sinks + R + 8`` slots. The lengths stay as they are.
-        statistics: ``total [B, Hkv, D]`` and ``count [B]`` float32, to which the queries are added as
-            :meth:`mixkvq.quant.salience.QueryStatistics.update` does.
-
-    Returns:
-        ``[B, Hq, L, D]`` in the queries' type.
+    Products of 16-bit queries are in bfloat16, of float32 queries in float32. Calls on one device must be ordered, and
+    the first one outside of any graph: see :mod:`mixkvq.kernels.tickets`.
     """
     batch, heads, length, key_dim = query.shape
     layout = cache.layout
@@ -69,7 +53,7 @@ def decode_attention(
     rows = 8 if group * length <= 8 else 16
     row_tiles = triton.cdiv(group * length, rows)
     groups = layout.kv_heads * row_tiles
-    splits = _splits(batch * groups, cache.table.shape[1], _multiprocessors(query.device))
+    splits = _splits(batch * groups, cache.table.shape[1], multiprocessors(query.device))
     team = 1 if splits <= MERGED_AT_ONCE else math.isqrt(splits)
     places = batch * groups * (1 + splits)
     output = torch.empty(batch, heads, length, layout.value_dim, dtype=query.dtype, device=query.device)
@@ -135,10 +119,3 @@ def _splits(tasks: int, blocks: int, multiprocessors: int) -> int:
 
 def _padded(channels: int) -> int:
     return max(MIN_DOT, triton.next_power_of_2(channels))
-
-
-@lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
