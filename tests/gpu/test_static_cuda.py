@@ -36,7 +36,7 @@ def test_steps_do_not_wait_and_give_what_the_cpu_gives(text: str):
     outputs = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
-        capacity = Capacity(max_tokens=40 * config.residual_length, promoted_share=1.0)
+        capacity = Capacity(max_tokens=60 * config.residual_length, promoted_share=1.0)
         cache = ModelCache(config, policy, LAYERS, capacity)
         store_prompt(cache, steps(3, 300, device))
         passes = [steps(3, length, device) for length in (1, 1, 7, 8, 2, *[8] * 20, *[1] * 40)]

@@ -76,7 +76,7 @@ def pack(
     Args:
         statistics: query statistics of the sequences that ``source`` names, or None.
     """
-    if has_kernels(numbers.device):
+    if recipe.packs_on(numbers.device):
         of_rows = None
         if statistics is not None:
             of_rows = statistics[0][source.sequences], statistics[1][source.sequences]

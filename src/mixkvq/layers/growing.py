@@ -68,7 +68,7 @@ class LayerCache:
         if self.statistics is not None:
             importance = self.statistics.importance(torch.tensor(blocks.sequences, device=device))
         bits = self.recipe.plan(blocks.keys, importance)
-        if not has_kernels(device):
+        if not self.recipe.packs_on(device):
             self.store.write(blocks.sequences, *self.recipe.quantize(blocks.keys, blocks.values, bits))
             return
         count = len(blocks.sequences)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mixkvq.config import MixKVQConfig
+from mixkvq.kernels.decode import has_kernels
 from mixkvq.policies import KeyBlock, Policy, policy_class
 from mixkvq.quant.block import DENSE_BITS, QuantizedKeys, QuantizedValues, quantize_keys, quantize_values
 from mixkvq.store import MemoryReport, PageLayout
@@ -101,6 +102,10 @@ class Recipe:
                 param_dtype=config.param_dtype,
             ),
         )
+
+    def packs_on(self, device: torch.device) -> bool:
+        """Whether the two kernels below run there, and have tiles for the pages; otherwise torch operations do."""
+        return has_kernels(device) and self.layout.tokens & (self.layout.tokens - 1) == 0
 
     def plan_on_device(
         self,

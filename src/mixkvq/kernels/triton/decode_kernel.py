@@ -181,8 +181,8 @@ def decode_kernel(
             if sink_logits is not None:
                 sink_row = tl.load(sink_logits + query_head, mask=valid_rows, other=0).to(tl.float32)
             total = normalized(top, mass, total, sink_row)
-            channel = tl.arange(0, VALUE_CHANNELS)[:, None]
+            value_channel = tl.arange(0, VALUE_CHANNELS)[:, None]
             target = output + ((sequence * kv_heads * group + query_head) * length + token) * F.value_dim
-            inside = (channel < F.value_dim) & valid_rows[None, :]
+            inside = (value_channel < F.value_dim) & valid_rows[None, :]
             result = rounded(total, output.dtype.element_ty).to(output.dtype.element_ty)
-            tl.store(target[None, :] + channel, result, mask=inside)
+            tl.store(target[None, :] + value_channel, result, mask=inside)

@@ -145,7 +145,7 @@ def page_format(
     if layout.tokens & (layout.tokens - 1):
         raise ValueError(
             f"The Triton kernels pack pages whose length is a power of two, not {layout.tokens} tokens: choose "
-            "residual_length=32, 64, 128 or 256, or pack with the torch path (PagedStore.write)."
+            "residual_length=32, 64, 128 or 256, or use MixKVQCache, which packs by torch operations where it must."
         )
     group = layout.value_dim // layout.value_groups
     value_tile = max(triton.next_power_of_2(group), MIN_DOT if rotated else 1)

@@ -68,21 +68,21 @@ def lanes_before(bits, end, form: tl.constexpr, k: tl.constexpr):
 def pack_base(x, width, head, page, channel, inside, side: tl.constexpr, form: tl.constexpr):
     """What the page says of a tile: base planes, scales, zeros. Returns the whole codes ``[C, R]``."""
     dense = (width == DENSE) | (width == 0)  # 0: padding
-    extra = tl.where(dense, 0, width - side.bits)
     levels = ((1 << tl.where(dense, 1, width)) - 1).to(tl.float32)
     grouped = tl.reshape(x, [side.tile, side.groups, side.group])
     codes, scale, zero = quantize(grouped, levels[:, None, None], inside, 2, False, side, form)
     codes = tl.where(dense[:, None], 0, tl.reshape(codes, [side.tile, form.tokens]))
+    extra = tl.where(dense[:, None], 0, width[:, None] - side.bits)
 
     group = tl.arange(0, side.groups)[None, :]
     place = (head * side.groups + group) * side.dim + channel[:, None]
-    scale = tl.reshape(scale, [side.tile, side.groups]) * (1 << extra)[:, None].to(tl.float32)
+    scale = tl.reshape(scale, [side.tile, side.groups]) * (1 << extra).to(tl.float32)
     scale = tl.where(dense[:, None], 0.0, storable(scale, form)).to(form.params.dtype)
     zero = tl.where(dense[:, None], 0.0, tl.reshape(zero, [side.tile, side.groups])).to(form.params.dtype)
     tl.store(field(page, side.scale, form.params.dtype) + place, scale, mask=inside[:, None])
     tl.store(field(page, side.zero, form.params.dtype) + place, zero, mask=inside[:, None])
 
-    base = codes >> extra[:, None]
+    base = codes >> extra
     for i in tl.static_range(len(side.planes.offsets)):
         plane = words(base, side.planes.widths[i], side.planes.shifts[i])
         word = head * plane.shape[1] + tl.arange(0, plane.shape[1])[None, :]
