@@ -15,7 +15,7 @@ from mixkvq.bench.timing import Timer
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DEVICE = torch.device("cuda")
-CACHES = {name: MixKVQConfig.parse(name) for name in ("default", "paper:tau_bf16=2.2,tau_uint4=1.2")}
+CACHES = {name: MixKVQConfig.parse(name) for name in ("default", "paper:tau_bf16=5.2,tau_uint4=3.214")}
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,11 @@ def test_generate_counts_flushes(model):
 
 def test_capacity_is_what_fits(model, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(decoding, "FLUSHED", 1 << 20)  # what tuning holds would be most of so little memory
-    memory = weight_bytes(model) + 2**28
+    memory = weight_bytes(model) + 2**29
     before = torch.cuda.memory_reserved()
     rows = bench_capacity(model, 2000, CACHES, memory=before + memory, steps=4)
     assert rows[0].kernel == "Triton split-KV"
-    assert all(row.batch > rows[0].batch for row in rows[1:])
+    assert min(row.batch for row in rows[1:]) > rows[0].batch
     assert all(row.peak_bytes <= before + memory for row in rows)
 
 
