@@ -52,7 +52,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     The tokenizer's own end-of-text token need not be that, and is not always read right from GGUF files.
     """
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     rest = tokenizer(text.rpartition("ANSWER")[2].lstrip(), add_special_tokens=False)["input_ids"]
     return int(rest[0]) if rest else int(tokenizer.eos_token_id)
 
