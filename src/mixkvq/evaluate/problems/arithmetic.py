@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-NAMES = "Ann Bob Cal Dan Eve Fay Gus Hal Ida Jon Kim Leo".split()
+NAMES = ["Ann", "Bob", "Cal", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo"]
 
 
 def running_arithmetic(rng: Random, tokens: int) -> tuple[str, str, str]:
