@@ -28,6 +28,7 @@ CONFIGS = [
     "default:budget=3.2,value_bits=4,residual_length=256,scale_dtype=bfloat16",
     "default:budget_scope=head,value_group=24",
     "default:value_bits=16",
+    "default:key_feedback=0.2",
 ]
 
 

@@ -44,6 +44,8 @@ class MixKVQConfig:
         key_group: tokens of one channel that share a scale; divides R.
         key_clip: search the clipping range of key groups.
         key_unbiased: undo the shrinkage that quantizing key groups causes (:mod:`mixkvq.quant.affine`).
+        key_feedback: damping of query-aware error feedback across key channels (:mod:`mixkvq.quant.feedback`), as a
+            share of the queries' mean power; none rounds every channel for itself.
         value_bits: width of values.
         value_group: at most so many channels of one token share a scale (head dimensions that it does not divide
             are cut into equal parts).
@@ -66,6 +68,7 @@ class MixKVQConfig:
     key_group: int = 32
     key_clip: bool = False
     key_unbiased: bool = False
+    key_feedback: float | None = None
     value_bits: int = 2
     value_group: int = 32
     value_clip: bool = False
@@ -83,7 +86,7 @@ class MixKVQConfig:
         for field in ("residual_length", "sinks", "key_bits", "key_group", "value_bits", "value_group"):
             value = getattr(self, field)
             _require(isinstance(value, int) and not isinstance(value, bool), f"{field} is a whole number", self, field)
-        for field in ("budget", "tau_uint4", "tau_bf16"):
+        for field in ("budget", "tau_uint4", "tau_bf16", "key_feedback"):
             value = getattr(self, field)
             real = isinstance(value, (int, float)) and math.isfinite(value)
             _require(value is None or real, f"{field} is a finite number or none", self, field)
@@ -105,6 +108,12 @@ class MixKVQConfig:
         _require(self.sinks >= 0, "sinks is 0 or more tokens", self, "sinks")
         for field in ("key_bits", "value_bits"):
             _require(getattr(self, field) in BITS, f"{field} is one of {_join(BITS)}", self, field)
+        _require(
+            self.key_feedback is None or self.key_feedback > 0,
+            "key_feedback is a positive number or none (without damping, few queries have no inverse)",
+            self,
+            "key_feedback",
+        )
         if self.budget is not None:
             _require(
                 self.key_bits <= self.budget <= PROMOTED_BITS,

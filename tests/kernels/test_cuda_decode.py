@@ -136,7 +136,13 @@ def test_it_appends_gathers_statistics_and_leaves_its_counters_at_zero():
     for _ in range(2):
         seen.update(step.query)
         decode.decode_attention(
-            step.query, step.keys, step.values, tensors, scaling=0.1, append=True, statistics=(total, count)
+            step.query,
+            step.keys,
+            step.values,
+            tensors,
+            scaling=0.1,
+            append=True,
+            statistics=QueryStatistics.of(total, count),
         )
     assert torch.allclose(total, seen.total, rtol=1e-5)
     assert torch.equal(count, seen.count)

@@ -68,8 +68,7 @@ def test_queries_are_counted():
     cache, step = filled(MixKVQConfig.preset("kivi-2"), (0, 50), 200), random_step(2, 3)
     ours, theirs = (QueryStatistics(2, 2, 16, torch.device("cpu")) for _ in range(2))
     theirs.update(step.query)
-    pair = ours.total, ours.count
-    decode_attention(step.query, step.keys, step.values, cache.tensors(), scaling=1.0, statistics=pair)
+    decode_attention(step.query, step.keys, step.values, cache.tensors(), scaling=1.0, statistics=ours)
     assert torch.equal(ours.total, theirs.total)
     assert torch.equal(ours.count, theirs.count)
 

@@ -208,7 +208,7 @@ def test_statistics_are_those_of_query_statistics(heads: int, new: int, dtype: t
     total, count = expected.total.clone(), expected.count.clone()
     for _ in range(2):
         expected.update(step.query)
-        run(step, cache_tensors(cache), scaling=0.2, statistics=(total, count))
+        run(step, cache_tensors(cache), scaling=0.2, statistics=QueryStatistics.of(total, count))
     torch.testing.assert_close(total, expected.total)
     assert torch.equal(count, expected.count)
 

@@ -286,7 +286,7 @@ def planned(config: MixKVQConfig, keys: Tensor, statistics: QueryStatistics, row
         layout,
     )
     blocks = torch.stack([keys[row, :, start : start + layout.tokens] for row, start in zip(rows, starts, strict=True)])
-    importance = statistics.importance(torch.tensor(rows)) if policy.uses_queries else None
+    importance = statistics.rows(torch.tensor(rows)).importance() if policy.uses_queries else None
     return bits.cpu(), policy.plan(KeyBlock(blocks, importance))
 
 
@@ -344,7 +344,7 @@ def test_inactive_blocks_are_left_out(dtype: torch.dtype, monkeypatch: pytest.Mo
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(99))
     step = random_step(2, 128)
-    total, count = (x.to(DEVICE) for x in vars(random_statistics(2, 2, 16)).values())
+    total, count = (x.to(DEVICE) for x in random_statistics(2, 2, 16).tensors())
     active = torch.tensor([0, 1], dtype=dtype, device=DEVICE)
     policy, layout = policy_class("mixkvq")(config), layer_cache(config, step).store.layout
     bits = plan_blocks(

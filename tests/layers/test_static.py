@@ -103,6 +103,7 @@ def test_it_holds_what_the_growing_cache_holds(config: MixKVQConfig):
     "text",
     [
         "default:residual_length=16,key_group=16",
+        "default:key_feedback=0.2,residual_length=16,key_group=16",
         pytest.param("paper:tau_bf16=2.2,tau_uint4=1.2,residual_length=32", marks=pytest.mark.slow),
     ],
 )
@@ -112,7 +113,7 @@ def test_kernels_fill_it_as_torch_does(text: str, monkeypatch: pytest.MonkeyPatc
     passes = [padded(steps(2, size + 7), [0, 12]), padded(steps(2, size), [7, 0]), steps(2, 1), steps(2, 8)]
     stores = []
     for kernels in (False, True):
-        for module in ("mixkvq.layers.flush", "mixkvq.kernels.decode"):
+        for module in ("mixkvq.layers.flush", "mixkvq.layers.recipe", "mixkvq.kernels.decode"):
             monkeypatch.setattr(f"{module}.has_kernels", lambda device, on=kernels: on)
         cache = model_cache(config, max_tokens=8 * size, promoted_share=1.0)
         outputs = [take(cache, layers) for layers in passes]

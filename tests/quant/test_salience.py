@@ -17,9 +17,9 @@ def test_importance_runs_over_the_heads_of_a_group():
     statistics = QueryStatistics(1, kv_heads=1, head_dim=2, device=torch.device("cpu"))
     query = torch.tensor([[[[1.0, -2.0]], [[3.0, 0.0]]]])  # [1, 2 heads, 1 token, 2]
     statistics.update(query)
-    assert statistics.importance(torch.tensor([0])).tolist() == [[[2.0, 1.0]]]
+    assert statistics.importance().tolist() == [[[2.0, 1.0]]]
     statistics.update(torch.zeros(1, 2, 1, 2))
-    assert statistics.importance(torch.tensor([0])).tolist() == [[[1.0, 0.5]]]
+    assert statistics.importance().tolist() == [[[1.0, 0.5]]]
 
 
 def test_padding_queries_do_not_count_whatever_they_hold():
@@ -30,7 +30,7 @@ def test_padding_queries_do_not_count_whatever_they_hold():
     padded.update(query, real)
     alone = QueryStatistics(1, 2, 8, torch.device("cpu"))
     alone.update(query[1:, :, 2:])
-    assert torch.allclose(padded.importance(torch.tensor([1])), alone.importance(torch.tensor([0])))
+    assert torch.allclose(padded.importance()[1], alone.importance()[0])
 
 
 def test_updates_one_by_one_equal_one_update():
@@ -39,10 +39,9 @@ def test_updates_one_by_one_equal_one_update():
     together.update(query)
     for token in range(5):
         apart.update(query[:, :, token : token + 1])
-    rows = torch.tensor([1, 0, 1])
-    assert torch.allclose(together.importance(rows), apart.importance(rows))
+    assert torch.allclose(together.importance(), apart.importance())
 
 
 def test_nothing_seen_yet_counts_as_equal_use():
     statistics = QueryStatistics(1, 1, 3, torch.device("cpu"))
-    assert statistics.importance(torch.tensor([0])).tolist() == [[[1.0, 1.0, 1.0]]]
+    assert statistics.importance().tolist() == [[[1.0, 1.0, 1.0]]]

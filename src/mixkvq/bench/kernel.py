@@ -16,6 +16,7 @@ from mixkvq.bench.timing import Call, Timer, relative_error
 from mixkvq.config import MixKVQConfig
 from mixkvq.kernels.decode import decode_attention, fastest_kernel
 from mixkvq.kernels.reference import attention
+from mixkvq.quant.salience import QueryStatistics
 
 #: The largest relative error of an output vector that counts as the right result.
 ERROR_LIMIT = 0.05
@@ -185,8 +186,7 @@ def _packed_contender(shape: KernelShape, name: str, blocks: PackedBlocks, kerne
     )
     statistics = None
     if blocks.policy.uses_queries:
-        total = torch.zeros(shape.batch, shape.kv_heads, shape.head_dim, device=device)
-        statistics = total, torch.zeros(shape.batch, device=device)
+        statistics = QueryStatistics(shape.batch, shape.kv_heads, shape.head_dim, device)
     scaling = shape.head_dim**-0.5
     call = functools.partial(
         decode_attention,

@@ -184,6 +184,6 @@ def fill_store(store: StaticStore, blocks: PackedBlocks, stored: int) -> None:
     store.books.lengths.fill_(stored)
     store.dense_keys.normal_()
     store.dense_values.normal_()
-    if store.total is not None and store.count is not None:
-        store.total.uniform_(0, stored)
-        store.count.fill_(stored)
+    if store.all_statistics is not None:
+        store.all_statistics.total.uniform_(0, stored)
+        store.all_statistics.count.fill_(stored)

@@ -1,8 +1,8 @@
 """How likely a model with a cache is to write the right chain: accuracy's companion, without its noise.
 
-The right chain is fed as decoding would write it, as far as the cache can tell: the prompt in one pass, and the chain in
-pieces that end where a block is full. A query then sees its own block in full precision and every earlier one packed. A
-chain whose every token is the most likely one is what greedy decoding would have written.
+The right chain is fed as decoding would write it, as far as the cache can tell: the prompt in one pass, and the chain
+in pieces that end where a block is full. A query then sees its own block in full precision and every earlier one
+packed. A chain whose every token is the most likely one is what greedy decoding would have written.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     append: bool = False,
-    statistics: tuple[Tensor, Tensor] | None = None,
+    statistics: QueryStatistics | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Softmax attention of new tokens over all stored tokens of their sequences, and over themselves, causally.
@@ -42,8 +42,7 @@ def decode_attention(
         scaling: factor of the logits.
         softcap, sinks: see :func:`mixkvq.kernels.reference.attention`.
         append: also write the new tokens into the dense slots, of which there are ``sinks + R + L`` then. Lengths stay.
-        statistics: running sums ``total [B, Hkv, D]`` and ``count [B]`` in float32, to which the queries are added as
-            :meth:`mixkvq.quant.salience.QueryStatistics.update` does.
+        statistics: running sums of the B sequences, to which the queries are added.
         kernel: "auto" is the fastest on the query's device; "torch" runs anywhere, and may wait for the device.
 
     Returns:
@@ -61,7 +60,10 @@ def decode_attention(
     if kernel not in KERNELS:
         raise ValueError(f"There is no kernel '{kernel}'. Known: auto, {', '.join(KERNELS)}.")
     options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    return KERNELS[kernel](query, keys, values, cache, append=append, statistics=statistics, **options)
+    output = KERNELS[kernel](query, keys, values, cache, append=append, statistics=statistics, **options)
+    if statistics is not None and kernel != "torch":
+        statistics.add_products(query)
+    return output
 
 
 def fastest_kernel(query: Tensor, cache: CacheTensors) -> str:
@@ -99,7 +101,7 @@ def _by_torch(
     cache: CacheTensors,
     *,
     append: bool,
-    statistics: tuple[Tensor, Tensor] | None,
+    statistics: QueryStatistics | None,
     **options: Any,
 ) -> Tensor:
     pages, dense = PackedPages.of_cache(cache), DenseTokens.of_cache(cache)
@@ -107,7 +109,7 @@ def _by_torch(
     if append:
         _append(keys, values, cache)
     if statistics is not None:
-        QueryStatistics.of(*statistics).update(query)
+        statistics.update(query)
     return output
 
 

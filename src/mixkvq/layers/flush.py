@@ -43,6 +43,7 @@ def _pack_active(store: StaticStore, recipe: Recipe) -> None:
     bits = recipe.plan_on_device(keys, *where, store.active, store.all_statistics)
     if store.shape.chunks_per_page is None:
         hand_out_chunks(store, bits)
+    recipe.move_on_device(keys, *where, store.active, bits, store.all_statistics)  # the residual is done with
     pools = store.all_pages, store.chunks
     recipe.pack_on_device(keys, values, *where, bits, store.numbers, store.run_starts, *pools)
 
@@ -66,7 +67,7 @@ def pack(
     store: StaticStore,
     recipe: Recipe,
     source: BlockSource,
-    statistics: tuple[Tensor, Tensor] | None,
+    statistics: QueryStatistics | None,
     numbers: Tensor,
 ) -> None:
     """Plan, quantize and pack N blocks into records ``numbers [N]`` of the pages of all layers.
@@ -77,21 +78,21 @@ def pack(
         statistics: query statistics of the sequences that ``source`` names, or None.
     """
     if recipe.packs_on(numbers.device):
-        of_rows = None
-        if statistics is not None:
-            of_rows = statistics[0][source.sequences], statistics[1][source.sequences]
+        of_rows = None if statistics is None else statistics.rows(source.sequences)
         where = source.rows, source.starts
-        bits = recipe.plan_on_device(source.keys, *where, torch.ones_like(numbers), of_rows)
+        everyone = torch.ones_like(numbers)
+        bits = recipe.plan_on_device(source.keys, *where, everyone, of_rows)
         bits, run_starts = store.house(bits, numbers)
+        keys = source.keys.clone() if recipe.needs_covariance else source.keys  # the model's own stay as they are
+        recipe.move_on_device(keys, *where, everyone, bits, of_rows)
         pools = store.all_pages, store.chunks
-        recipe.pack_on_device(source.keys, source.values, *where, bits, numbers, run_starts, *pools)
+        recipe.pack_on_device(keys, source.values, *where, bits, numbers, run_starts, *pools)
         return
     size = max(1, MAX_QUANTIZED // (source.keys[0, :, 0].numel() * store.layout.tokens))
     for part, keys, values in source.blocks(store.layout.tokens, size):
-        importance = None
+        of_blocks = None
         if statistics is not None:
-            sequences = source.sequences[source.rows[part].long()]
-            importance = QueryStatistics.of(*statistics).importance(sequences)
-        bits, run_starts = store.house(recipe.plan(keys, importance), numbers[part])
-        blocks = recipe.quantize(keys, values, bits)
+            of_blocks = statistics.rows(source.sequences[source.rows[part].long()])
+        bits, run_starts = store.house(recipe.plan(keys, of_blocks), numbers[part])
+        blocks = recipe.quantize(keys, values, bits, of_blocks)
         write_blocks(store.layout, store.all_pages, store.chunks, *blocks, numbers[part], run_starts)

@@ -14,7 +14,6 @@ from mixkvq.layers.recipe import MAX_QUANTIZED, Recipe
 from mixkvq.layers.step import Step
 from mixkvq.layers.surroundings import ordinary_tensors
 from mixkvq.policies import Policy
-from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store import MemoryReport, PagedStore
 from mixkvq.store.appending import FullBlocks
 from mixkvq.store.packing import chunk_counts
@@ -38,7 +37,7 @@ class LayerCache:
         self.recipe = Recipe.of(config, policy, kv_heads, key_dim, like.values.shape[3], like.keys.dtype)
         device = like.keys.device
         self.store = PagedStore(self.recipe.layout, batch, config.sinks, device)
-        self.statistics = QueryStatistics(batch, kv_heads, key_dim, device) if policy.uses_queries else None
+        self.statistics = self.recipe.new_statistics(batch, device)
 
     @property
     def rotated(self) -> bool:
@@ -64,19 +63,21 @@ class LayerCache:
     def _flush(self, blocks: FullBlocks) -> None:
         """Plan, quantize, pack."""
         device = blocks.keys.device
-        importance = None
+        statistics = None
         if self.statistics is not None:
-            importance = self.statistics.importance(torch.tensor(blocks.sequences, device=device))
-        bits = self.recipe.plan(blocks.keys, importance)
+            statistics = self.statistics.rows(torch.tensor(blocks.sequences, device=device))
+        bits = self.recipe.plan(blocks.keys, statistics)
         if not self.recipe.packs_on(device):
-            self.store.write(blocks.sequences, *self.recipe.quantize(blocks.keys, blocks.values, bits))
+            self.store.write(blocks.sequences, *self.recipe.quantize(blocks.keys, blocks.values, bits, statistics))
             return
         count = len(blocks.sequences)
         pages, run_starts = self.store.reserve(blocks.sequences, self._chunks(bits))
         rows = torch.arange(count, dtype=torch.int32, device=device)
         starts = torch.zeros_like(rows)
         pools = self.store.pages.data, self.store.chunk_data
-        self.recipe.pack_on_device(blocks.keys, blocks.values, rows, starts, bits, pages, run_starts, *pools)
+        keys = blocks.keys.clone() if self.recipe.needs_covariance else blocks.keys  # the model's own stay as they are
+        self.recipe.move_on_device(keys, rows, starts, torch.ones_like(rows), bits, statistics)
+        self.recipe.pack_on_device(keys, blocks.values, rows, starts, bits, pages, run_starts, *pools)
 
     def _chunks(self, bits: Tensor) -> dict[int, list[int]]:
         """Chunks of each block by promoted width; waits for the device only where data decides."""
@@ -120,7 +121,8 @@ class LayerCache:
         """Keep the given batch rows, in that order, repeats allowed."""
         self.store.select(rows)
         if self.statistics is not None:
-            self.statistics.select(torch.tensor(list(rows), dtype=torch.long, device=self.store.device))
+            kept = torch.tensor(list(rows), dtype=torch.long, device=self.store.device)
+            self.statistics = self.statistics.rows(kept)
 
     @ordinary_tensors
     def crop(self, removed: Sequence[int]) -> None:
@@ -145,5 +147,5 @@ class LayerCache:
         """Bytes held, by part."""
         report = self.store.memory()
         if self.statistics is not None:
-            report.parts["statistics"] = self.statistics.total.nbytes + self.statistics.count.nbytes
+            report.parts["statistics"] = sum(tensor.nbytes for tensor in self.statistics.tensors())
         return report

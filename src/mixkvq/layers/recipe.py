@@ -11,6 +11,8 @@ from mixkvq.config import MixKVQConfig
 from mixkvq.kernels.decode import has_kernels
 from mixkvq.policies import KeyBlock, Policy, policy_class
 from mixkvq.quant.block import DENSE_BITS, QuantizedKeys, QuantizedValues, quantize_keys, quantize_values
+from mixkvq.quant.feedback import Feedback, rounding_order
+from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store import MemoryReport, PageLayout
 
 #: Numbers that are quantized at once when a long prompt is flushed, to bound memory.
@@ -68,8 +70,26 @@ class Recipe:
             return None
         return {bits: self.layout.chunks_for(bits, self.promoted.get(bits, 0)) for bits in self.layout.promoted_bits}
 
-    def plan(self, keys: Tensor, importance: Tensor | None) -> Tensor:
-        """Each channel's width, ``[N, Hkv, D]`` uint8, for blocks ``keys [N, Hkv, R, D]``."""
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether sums over the queries are kept."""
+        return self.policy.uses_queries or self.needs_covariance
+
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether these hold the products of the queries' channels, too."""
+        return self.config.key_feedback is not None and self.config.key_bits != DENSE_BITS
+
+    def new_statistics(self, batch: int, device: torch.device) -> QueryStatistics | None:
+        """What is kept of the queries of a batch, or None."""
+        if not self.needs_statistics:
+            return None
+        layout = self.layout
+        return QueryStatistics(batch, layout.kv_heads, layout.key_dim, device, covariance=self.needs_covariance)
+
+    def plan(self, keys: Tensor, statistics: QueryStatistics | None) -> Tensor:
+        """Each channel's width, ``[N, Hkv, D]`` uint8, for blocks ``keys [N, Hkv, R, D]``, a row of statistics each."""
+        importance = statistics.importance() if statistics is not None and self.policy.uses_queries else None
         bits = self.policy.plan(KeyBlock(keys, importance))
         allowed = (self.config.key_bits, *self.policy.promoted_bits)
         wanted = torch.Size((*keys.shape[:2], keys.shape[3]))
@@ -80,8 +100,10 @@ class Recipe:
             )
         return bits
 
-    def quantize(self, keys: Tensor, values: Tensor, bits: Tensor) -> tuple[QuantizedKeys, QuantizedValues]:
-        """Codes of blocks ``keys, values [N, Hkv, R, D]`` at planned ``bits [N, Hkv, D]``."""
+    def quantize(
+        self, keys: Tensor, values: Tensor, bits: Tensor, statistics: QueryStatistics | None
+    ) -> tuple[QuantizedKeys, QuantizedValues]:
+        """Codes of blocks ``keys, values [N, Hkv, R, D]`` at planned ``bits [N, Hkv, D]``, a row of statistics each."""
         config = self.config
         return (
             quantize_keys(
@@ -91,6 +113,7 @@ class Recipe:
                 clip=config.key_clip,
                 unbiased=config.key_unbiased,
                 param_dtype=config.param_dtype,
+                feedback=self._feedback(keys, statistics),
             ),
             quantize_values(
                 values,
@@ -103,9 +126,21 @@ class Recipe:
             ),
         )
 
+    def _feedback(self, keys: Tensor, statistics: QueryStatistics | None) -> Feedback | None:
+        damping = self.config.key_feedback
+        covariance = None if statistics is None else statistics.covariance()
+        if damping is None or covariance is None:
+            return None
+        order = rounding_order(keys, covariance, group=self.config.key_group, bits=self.config.key_bits)
+        return Feedback.of(covariance, order, damping)
+
     def packs_on(self, device: torch.device) -> bool:
-        """Whether the two kernels below run there, and have tiles for the pages; otherwise torch operations do."""
-        return has_kernels(device) and self.layout.tokens & (self.layout.tokens - 1) == 0
+        """Whether the kernels below run there, and have tiles for the pages; otherwise torch operations do."""
+        if not has_kernels(device) or self.layout.tokens & (self.layout.tokens - 1):
+            return False
+        from mixkvq.kernels.triton.feedback import MAX_DIM
+
+        return not self.needs_covariance or self.layout.key_dim <= MAX_DIM
 
     def plan_on_device(
         self,
@@ -113,14 +148,42 @@ class Recipe:
         rows: Tensor,
         starts: Tensor,
         active: Tensor,
-        statistics: tuple[Tensor, Tensor] | None,
+        statistics: QueryStatistics | None,
     ) -> Tensor:
         """The same by :func:`mixkvq.kernels.triton.plan.plan_blocks`, which see, for a policy that has a rule."""
         from mixkvq.kernels.triton.plan import plan_blocks
 
         assert self.policy.rule is not None
-        total, count = (None, None) if statistics is None else statistics
+        total, count = (None, None) if statistics is None else (statistics.total, statistics.count)
         return plan_blocks(keys, rows, starts, active, total, count, self.policy.rule, self.layout)
+
+    def move_on_device(
+        self,
+        keys: Tensor,
+        rows: Tensor,
+        starts: Tensor,
+        active: Tensor,
+        bits: Tensor,
+        statistics: QueryStatistics | None,
+    ) -> None:
+        """Error feedback by :func:`mixkvq.kernels.triton.feedback.move_keys`, which see: ``keys`` change in place."""
+        damping = self.config.key_feedback
+        if statistics is None or statistics.moment is None or damping is None:
+            return
+        from mixkvq.kernels.triton.feedback import move_keys
+
+        move_keys(
+            keys,
+            rows,
+            starts,
+            active,
+            bits,
+            statistics.moment,
+            self.layout,
+            damping=damping,
+            key_clip=self.config.key_clip,
+            key_unbiased=self.config.key_unbiased,
+        )
 
     def pack_on_device(
         self,

@@ -15,7 +15,6 @@ from mixkvq.layers.recipe import Recipe
 from mixkvq.layers.step import Step
 from mixkvq.layers.surroundings import ordinary_tensors
 from mixkvq.policies import Policy
-from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store import MemoryReport
 from mixkvq.store.appending import AppendPlan
 from mixkvq.store.books import CacheFullError, steps_left
@@ -82,7 +81,8 @@ class ModelCache:
             sinks=self.config.sinks,
             rotated=recipe.rotated,
             chunks_per_page=recipe.chunks_per_page,
-            statistics=self.policy.uses_queries,
+            statistics=recipe.needs_statistics,
+            covariance=recipe.needs_covariance,
         )
         self.reset()
         old, self._recipe = self._store, recipe
@@ -224,7 +224,7 @@ class ModelCache:
         store, plan, statistics = self.store, self._plan, self.store.statistics(layer)
         with self._turn(layer):
             if statistics is not None:
-                QueryStatistics.of(*statistics).update(step.query, step.real)
+                statistics.update(step.query, step.real)
             dense = store.dense_keys[layer], store.dense_values[layer]
             if plan.pages:
                 numbers = plan.numbers + layer * store.books.pages

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mixkvq.quant.affine import quantize
+from mixkvq.quant.feedback import Feedback, quantize_with_feedback
 from mixkvq.quant.rotation import rotate
 
 #: The width that stands for "not quantized": the channel is kept in the model's own type.
@@ -49,13 +50,28 @@ class QuantizedValues:
 
 
 def quantize_keys(
-    keys: Tensor, bits: Tensor, *, group: int, clip: bool, unbiased: bool, param_dtype: torch.dtype
+    keys: Tensor,
+    bits: Tensor,
+    *,
+    group: int,
+    clip: bool,
+    unbiased: bool,
+    param_dtype: torch.dtype,
+    feedback: Feedback | None = None,
 ) -> QuantizedKeys:
-    """Quantize keys ``[N, Hkv, R, D]`` per channel, in groups of ``group`` tokens, at ``bits [N, Hkv, D]``."""
+    """Quantize keys ``[N, Hkv, R, D]`` per channel, in groups of ``group`` tokens, at ``bits [N, Hkv, D]``.
+
+    With ``feedback`` channels make up for each other's errors; without, each is rounded for itself.
+    """
     dense = bits == DENSE_BITS
     grouped = keys.transpose(2, 3).unflatten(3, (-1, group))  # [N, Hkv, D, R / G, G]
-    widths = bits.masked_fill(dense, 1)[..., None, None]
-    q = quantize(grouped, widths, clip=clip, unbiased=unbiased, param_dtype=param_dtype)
+    widths = bits.masked_fill(dense, 1)
+    if feedback is None:
+        q = quantize(grouped, widths[..., None, None], clip=clip, unbiased=unbiased, param_dtype=param_dtype)
+    else:
+        q = quantize_with_feedback(
+            grouped, widths, dense, feedback, clip=clip, unbiased=unbiased, param_dtype=param_dtype
+        )
     off = dense[:, :, None, :]
     return QuantizedKeys(
         codes=q.codes.flatten(3).transpose(2, 3).masked_fill(off, 0),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store.books import Books
 from mixkvq.store.memory import MemoryReport, packed_report
 from mixkvq.store.packing import chunk_counts
@@ -32,7 +33,7 @@ class StaticStore:
         pages: ``[layers, P, nbytes]`` uint8.
         chunks: by promoted width, ``[C, nbytes]`` uint8; runs of all layers count from the start.
         dense_keys, dense_values: ``[layers, B, Hkv, sinks + R + 8, D]``.
-        total, count: ``[layers, B, Hkv, D]`` and ``[layers, B]`` float32, query statistics, or None.
+        all_statistics: sums of queries with ``layers * B`` rows, as :attr:`numbers` counts them, or None.
         books: lengths and block table, which all layers share.
         numbers, active: ``[layers * B]`` int32: the record in ``pages`` that each layer's residual of each sequence is
             to be packed into now, -1 for none; and 1 where there is one.
@@ -54,10 +55,10 @@ class StaticStore:
         dense = layers, batch, layout.kv_heads, slots
         self.dense_keys = torch.zeros(*dense, layout.key_dim, dtype=layout.dense_dtype, device=device)
         self.dense_values = torch.zeros(*dense, layout.value_dim, dtype=layout.dense_dtype, device=device)
-        self.total = self.count = None
+        self.all_statistics: QueryStatistics | None = None
         if shape.statistics:
-            self.total = torch.zeros(layers, batch, layout.kv_heads, layout.key_dim, device=device, dtype=torch.float32)
-            self.count = torch.zeros(layers, batch, device=device, dtype=torch.float32)
+            heads = layout.kv_heads, layout.key_dim
+            self.all_statistics = QueryStatistics(layers * batch, *heads, device, covariance=shape.covariance)
         self.books = Books(batch, pages, shape.sinks, layout.tokens, device)
         self._make_orders(device)
         self._tensors: dict[int, CacheTensors] = {}
@@ -105,23 +106,20 @@ class StaticStore:
             )
         return self._tensors[layer]
 
-    def statistics(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """One layer's query statistics ``[B, Hkv, D]`` and ``[B]``, or None."""
-        return None if self.total is None or self.count is None else (self.total[layer], self.count[layer])
-
-    @property
-    def all_statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Query statistics of all layers, as :attr:`numbers` counts them."""
-        return None if self.total is None or self.count is None else (self.total.flatten(0, 1), self.count.flatten())
+    def statistics(self, layer: int) -> QueryStatistics | None:
+        """One layer's query statistics, of B rows, or None. They share memory with those of all layers."""
+        if self.all_statistics is None:
+            return None
+        start = layer * self.shape.batch
+        return self.all_statistics.part(start, start + self.shape.batch)
 
     def reset(self) -> None:
         """Forget all tokens, in place."""
         self.books.reset()
         # The dense slots too: a masked slot must be finite, and what was there may be anything.
         dense = self.dense_keys, self.dense_values
-        for tensor in (*dense, self.total, self.count, self.next_chunk, self.homeless):
-            if tensor is not None:
-                tensor.zero_()
+        for tensor in (*dense, *self._sums(), self.next_chunk, self.homeless):
+            tensor.zero_()
 
     # A step's tokens are in the residual
 
@@ -215,8 +213,10 @@ class StaticStore:
     def held(self) -> list[Tensor]:
         """Every tensor that is held."""
         own = [self.pages, *self.chunks.values(), self.dense_keys, self.dense_values]
-        own += [tensor for tensor in (self.total, self.count) if tensor is not None]
-        return own + self._tables()
+        return [*own, *self._sums(), *self._tables()]
+
+    def _sums(self) -> list[Tensor]:
+        return self.all_statistics.tensors() if self.all_statistics is not None else []
 
     def _tables(self) -> list[Tensor]:
         orders = [self.numbers, self.active, self.rows, self.starts, self.all_run_starts, self.per_page]
@@ -246,7 +246,7 @@ class StaticStore:
         dense = self.dense_keys.nbytes + self.dense_values.nbytes
         parts["sinks"] = dense * self.shape.sinks // self.slots
         parts["residual"] = dense - parts["sinks"]
-        parts["statistics"] = sum(t.nbytes for t in (self.total, self.count) if t is not None)
+        parts["statistics"] = sum(tensor.nbytes for tensor in self._sums())
         parts["tables"] = sum(tensor.nbytes for tensor in self._tables())
         report.elements = layers * layout.token_elements * int(self.books.lengths.sum())
         report.check(self.held())

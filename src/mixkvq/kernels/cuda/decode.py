@@ -14,6 +14,7 @@ from mixkvq.kernels.cuda.module import load_kernel
 from mixkvq.kernels.device import multiprocessors
 from mixkvq.kernels.tickets import tickets
 from mixkvq.quant.block import DENSE_BITS
+from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store.layout import PageLayout
 from mixkvq.store.tensors import CacheTensors
 
@@ -152,7 +153,7 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     append: bool = False,
-    statistics: tuple[Tensor, Tensor] | None = None,
+    statistics: QueryStatistics | None = None,
 ) -> Tensor:
     """See :func:`mixkvq.kernels.decode.decode_attention`; for what :func:`unsupported` lets pass."""
     batch, heads, length, dim = query.shape
@@ -169,7 +170,7 @@ def decode_attention(
     sums = torch.empty(batch * heads_grid * parts * rows * dim, dtype=torch.float32, device=query.device)
     stats = torch.empty(batch * heads_grid * parts * rows * 2, dtype=torch.float32, device=query.device)
     sinks = sinks if sinks is None else sinks.float().contiguous()
-    total, count = statistics if statistics is not None else (None, None)
+    total, count = (statistics.total, statistics.count) if statistics is not None else (None, None)
     arguments = Arguments(
         *(_address(x) for x in (
             query, keys, values, output, cache.pages, cache.chunks.get(4), cache.chunks.get(DENSE_BITS), cache.table,

@@ -18,6 +18,7 @@ from mixkvq.kernels.device import multiprocessors
 from mixkvq.kernels.tickets import tickets
 from mixkvq.kernels.triton.decode_kernel import decode_kernel
 from mixkvq.kernels.triton.read_format import read_format
+from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store.tensors import CacheTensors
 
 #: Programs of one warp for every multiprocessor: latency is hidden by having many.
@@ -38,7 +39,7 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     append: bool = False,
-    statistics: tuple[Tensor, Tensor] | None = None,
+    statistics: QueryStatistics | None = None,
 ) -> Tensor:
     """See :func:`mixkvq.kernels.decode.decode_attention`.
 
@@ -59,7 +60,7 @@ def decode_attention(
     output = torch.empty(batch, heads, length, layout.value_dim, dtype=query.dtype, device=query.device)
     states = torch.empty(places, 2, rows, dtype=torch.float32, device=query.device)
     sums = torch.empty(places, rows, layout.value_dim, dtype=torch.float32, device=query.device)
-    total, count = statistics if statistics is not None else (None, None)
+    total, count = (statistics.total, statistics.count) if statistics is not None else (None, None)
     rotated = layout.value_dim & -layout.value_dim if cache.rotated else 1
 
     with torch.cuda.device_of(query):

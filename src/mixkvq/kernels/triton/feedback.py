@@ -1,0 +1,161 @@
+"""Error feedback before packing: moves the keys of full blocks, so that rounding each channel for itself is then right.
+
+The numbers of :mod:`mixkvq.quant.feedback`, found the way GPTQ does: eliminating channels from the inverse of H as they
+are rounded takes one pass with what a program has in registers, where the triangular factor would be needed backwards.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixkvq.kernels.triton.affine import nearest, quantize
+from mixkvq.kernels.triton.format import TRITON_TYPES, page_format
+from mixkvq.quant.block import DENSE_BITS
+from mixkvq.store.layout import PageLayout
+
+#: The largest head whose matrix a program can hold in registers.
+MAX_DIM = 128
+DENSE = tl.constexpr(DENSE_BITS)
+
+
+def move_keys(
+    keys: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    active: Tensor,
+    bits: Tensor,
+    moment: Tensor,
+    layout: PageLayout,
+    *,
+    damping: float,
+    key_clip: bool,
+    key_unbiased: bool,
+) -> None:
+    """Replace the keys of N blocks by those that :func:`~mixkvq.quant.feedback.quantize_with_feedback` rounds.
+
+    Args:
+        keys: ``[X, Hkv, T, D]`` float32, float16 or bfloat16, changed in place.
+        rows, starts: ``[N]`` int32, each block's row of ``keys`` and its first token.
+        active: ``[N]`` int32, 0 leaves a block alone.
+        bits: ``[N, Hkv, D]`` uint8, planned widths.
+        moment: ``[X, Hkv, D, D]`` float32, the rows' sums of ``q q^T``; a factor changes nothing.
+        damping, key_clip, key_unbiased: as in :class:`~mixkvq.config.MixKVQConfig`.
+
+    Raises:
+        ValueError: heads of more than 128 channels, or ``layout.tokens`` is no power of two.
+    """
+    if layout.key_dim > MAX_DIM:
+        raise ValueError(f"Feedback on a GPU takes heads of up to {MAX_DIM} channels, not {layout.key_dim}.")
+    form = page_format(
+        layout, key_clip=key_clip, key_unbiased=key_unbiased, value_clip=False, value_unbiased=False, rotated=False
+    )
+    if not len(rows):
+        return
+    channels = max(16, triton.next_power_of_2(layout.key_dim))
+    with torch.cuda.device_of(keys):
+        _move[(len(rows) * layout.kv_heads,)](
+            keys,
+            *keys.stride()[:3],
+            rows,
+            starts,
+            active,
+            bits,
+            moment,
+            damping,
+            TRITON_TYPES[keys.dtype],
+            channels,
+            form.keys,
+            form,
+            num_warps=8 if channels * max(channels, layout.tokens) > 64 * 64 else 4,
+        )
+
+
+@triton.jit
+def _move(
+    keys,
+    key_row,
+    key_head,
+    key_token,
+    rows,
+    starts,
+    active,
+    bits,
+    moment,
+    damping,
+    DTYPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    side: tl.constexpr,
+    form: tl.constexpr,
+):
+    """A program moves one head of one block: its inverse ``[D, D]`` and its keys ``[D, R]`` stay in registers."""
+    block, head = tl.program_id(0) // form.heads, tl.program_id(0) % form.heads
+    if tl.load(active + block) == 0:
+        return
+    row, start = tl.load(rows + block).to(tl.int64), tl.load(starts + block).to(tl.int64)
+    channel, token = tl.arange(0, CHANNELS), tl.arange(0, form.tokens)
+    inside = channel < side.dim
+    place = keys + row * key_row + head.to(tl.int64) * key_head + start * key_token
+    tile = place + channel[:, None] + token[None, :] * key_token
+    x = tl.load(tile, mask=inside[:, None], other=0.0).to(tl.float32)
+    width = tl.load(bits + (block * form.heads + head) * side.dim + channel, mask=inside, other=DENSE).to(tl.int32)
+
+    products = moment + (row * form.heads + head) * side.dim * side.dim
+    both = inside[:, None] & inside[None, :]
+    matrix = tl.load(products + channel[:, None] * side.dim + channel[None, :], mask=both, other=0.0)
+    diagonal = channel[:, None] == channel[None, :]
+    powers = tl.sum(tl.where(diagonal, matrix, 0.0), axis=1)
+    score = tl.where(inside, tl.sqrt(tl.maximum(powers, 0.0)) * steps(x, side, form), -1.0)
+    power = tl.sum(powers) / side.dim
+    if power == 0:
+        return
+    matrix = tl.where(both, matrix / power, 0.0)
+    matrix += tl.where(diagonal, tl.where(inside, damping, 1.0)[:, None], 0.0)
+    matrix = inverse(matrix, channel, side.dim)
+
+    for _ in range(side.dim):
+        chosen = tl.argmax(score, axis=0)
+        picked = channel == chosen
+        score = tl.where(picked, -2.0, score)
+        bits_here = tl.sum(tl.where(picked, width, 0))
+        if bits_here != DENSE:
+            # What is stored is what is packed, so the error is that of the stored number.
+            number = nearest(tl.sum(tl.where(picked[:, None], x, 0.0), axis=0), DTYPE)
+            tl.store(place + chosen + token * key_token, number.to(DTYPE))
+            levels = tl.full([1, 1, 1], 1, tl.int32) << bits_here
+            grouped = tl.reshape(number, [1, side.groups, side.group])
+            codes, scale, zero = quantize(grouped, (levels - 1).to(tl.float32), inside, 2, False, side, form)
+            error = number - tl.reshape(codes * scale + zero, [form.tokens])
+            weights = tl.sum(tl.where(picked[:, None], matrix, 0.0), axis=0)
+            pivot = tl.sum(tl.where(picked, weights, 0.0))
+            x -= weights[:, None] * (error / pivot)[None, :]
+            matrix -= weights[:, None] * (weights / pivot)[None, :]
+        else:
+            weights = tl.sum(tl.where(picked[:, None], matrix, 0.0), axis=0)
+            pivot = tl.sum(tl.where(picked, weights, 0.0))
+            matrix -= weights[:, None] * (weights / pivot)[None, :]
+
+
+@triton.jit
+def steps(x, side: tl.constexpr, form: tl.constexpr):
+    """``S_d`` of a tile ``[D, R]``, as :func:`mixkvq.quant.salience.sensitivity`: ``[D]``."""
+    grouped = tl.reshape(x, [x.shape[0], side.groups, side.group])
+    spread = tl.max(grouped, axis=2) - tl.min(grouped, axis=2)
+    return tl.sum(spread, axis=1) / (side.groups * ((1 << side.bits) - 1))
+
+
+@triton.jit
+def inverse(matrix, channel, COUNT: tl.constexpr):
+    """Of a positive definite matrix, by sweeping one channel after the other."""
+    for i in range(COUNT):
+        here = channel == i
+        line = tl.sum(tl.where(here[:, None], matrix, 0.0), axis=0)
+        pivot = tl.sum(tl.where(here, line, 0.0))
+        scaled = line / pivot
+        swept = matrix - line[:, None] * scaled[None, :]
+        swept = tl.where(here[:, None], scaled[None, :], swept)
+        swept = tl.where(here[None, :], scaled[:, None], swept)
+        matrix = tl.where(here[:, None] & here[None, :], -1.0 / pivot, swept)
+    return -matrix

@@ -1,0 +1,103 @@
+"""Query-aware error feedback: later channels make up for what rounding the earlier ones did to the logits.
+
+What matters is not a key's error but a logit's, ``(k - k~) . q``, whose mean square is ``(k - k~)^T H (k - k~)`` with
+``H = E[q q^T]``. Channels are rounded one after the other, the most salient first, and each is moved beforehand by what
+the errors so far ask of it. With ``H = U D U^T``, ``U`` unit upper triangular::
+
+    k~_i = Q(k_i + sum over j < i of (k_j - k~_j) U_ji)
+
+This is LDLQ (QuIP, arXiv 2307.13304), which gives what GPTQ (2210.17323) gives, with keys in place of weights and
+queries in place of activations. The format does not change; only what is written does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixkvq.quant.affine import Affine, dequantize, quantize
+from mixkvq.quant.salience import sensitivity
+
+
+class Feedback(NamedTuple):
+    """How errors travel from channel to channel, for N blocks.
+
+    Attributes:
+        order: ``[N, Hkv, D]`` int64, the channels in the order of rounding.
+        weights: ``[N, Hkv, D, D]`` float32, unit upper triangular in that order: ``weights[j, i]`` is the share of
+            channel ``j``'s error that channel ``i`` makes up for.
+    """
+
+    order: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, covariance: Tensor, salience: Tensor, damping: float) -> Feedback:
+        """From ``H [N, Hkv, D, D]``, in the order of falling ``salience [N, Hkv, D]``.
+
+        ``damping`` times its mean diagonal is added to the diagonal of H. A covariance of no queries at all, which is
+        zero, leads to no feedback.
+        """
+        order = salience.argsort(dim=-1, descending=True, stable=True)
+        count = order.shape[-1]
+        sorted_rows = covariance.gather(2, order[..., None].expand(-1, -1, -1, count))
+        ordered = sorted_rows.gather(3, order[:, :, None, :].expand(-1, -1, count, -1)).float()
+        power = ordered.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        identity = torch.eye(count, device=ordered.device)
+        damped = torch.where(power > 0, ordered / power + damping * identity, identity)
+        # The factor of the reversed matrix, reversed, is upper triangular.
+        upper = torch.linalg.cholesky(damped.flip(-1, -2)).flip(-1, -2)
+        return cls(order, upper / upper.diagonal(dim1=-2, dim2=-1)[..., None, :])
+
+
+def quantize_with_feedback(
+    grouped: Tensor,
+    bits: Tensor,
+    exact: Tensor,
+    feedback: Feedback,
+    *,
+    clip: bool,
+    unbiased: bool,
+    param_dtype: torch.dtype,
+) -> Affine:
+    """:func:`~mixkvq.quant.affine.quantize`, channel by channel.
+
+    Args:
+        grouped: ``[N, Hkv, D, R / G, G]`` keys.
+        bits: ``[N, Hkv, D]``, widths of 1 to 8.
+        exact: ``[N, Hkv, D]`` bool, channels that are stored as they are: they have no error to make up for.
+        feedback: see there.
+
+    Returns:
+        codes ``[N, Hkv, D, R / G, G]``, scale and zero ``[N, Hkv, D, R / G, 1]``, in the channels' own order.
+    """
+    keys = _ordered(grouped.float(), feedback.order)
+    widths = _ordered(bits, feedback.order)
+    errors = torch.zeros_like(keys)
+    exact = _ordered(exact, feedback.order)
+    rounded: list[Affine] = []
+    for i in range(keys.shape[2]):
+        key = keys[:, :, i]
+        moved = key
+        if i:
+            share = feedback.weights[:, :, None, :i, i]
+            moved = key + (share @ errors[:, :, :i].flatten(3)).view_as(key)
+        moved = moved.to(grouped.dtype)  # what a kernel has room for
+        q = quantize(moved, widths[:, :, i, None, None], clip=clip, unbiased=unbiased, param_dtype=param_dtype)
+        errors[:, :, i] = (key - dequantize(*q)).masked_fill(exact[:, :, i, None, None], 0)
+        rounded.append(q)
+    back = feedback.order.argsort(-1)
+    return Affine(*(_ordered(torch.stack(parts, 2), back) for parts in zip(*rounded, strict=True)))
+
+
+def rounding_order(keys: Tensor, covariance: Tensor, *, group: int, bits: int) -> Tensor:
+    """``[N, Hkv, D]``: the salience by which channels are ordered, from mean squared queries and the keys' steps."""
+    power = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0)
+    return power.sqrt() * sensitivity(keys, group, bits)
+
+
+def _ordered(x: Tensor, order: Tensor) -> Tensor:
+    """``x [N, Hkv, D, ...]`` with its channels in another order."""
+    return x.gather(2, order.view(*order.shape, *[1] * (x.dim() - 3)).expand_as(x))
