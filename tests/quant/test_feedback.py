@@ -37,7 +37,7 @@ def random_problem(dim: int = 8, tokens: int = 32, seed: int = 0) -> tuple[torch
 
 
 def test_two_channels_by_hand():
-    # H = [[4, 2], [2, 4]] = U D U^T with U = [[1, 1/2], [0, 1]]: the second channel makes up for half of the first's error.
+    # H = [[4, 2], [2, 4]] = U D U^T with U = [[1, 1/2], [0, 1]]: the second makes up for half of the first one's error.
     covariance = torch.tensor([[4.0, 2.0], [2.0, 4.0]]).view(1, 1, 2, 2)
     feedback = Feedback.of(covariance, torch.tensor([[[2.0, 1.0]]]), damping=1e-9)
     assert feedback.order.tolist() == [[[0, 1]]]
