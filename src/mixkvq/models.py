@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
@@ -71,6 +73,39 @@ def load(
         ) from error
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """A model with a PEFT adapter merged into its weights, which are changed.
+
+    Args:
+        folder: what PEFT's ``save_pretrained`` wrote.
+
+    Raises:
+        ModelError: there is no adapter, it is not for this model, or PEFT is not installed.
+    """
+    check_adapter(folder)
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers, to PEFT
+            return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(f"Could not put the adapter '{folder}' on this model: {error}") from error
+
+
+def check_adapter(folder: Path) -> None:
+    """Complain about an adapter that cannot be loaded, before a model is.
+
+    Raises:
+        ModelError: there is none in the folder, or PEFT is not installed.
+    """
+    if not (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"There is no adapter in '{folder}': a folder that PEFT's save_pretrained wrote has an adapter_config.json."
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError('Adapters take the "eval" extra (peft is missing): pip install "mixkvq[eval]".')
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -14,7 +14,14 @@ from models import VOCABULARY, tiny_model
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 LAYERS = 3
-PRESETS = ["default:residual_length=32,key_group=32", "kivi-2", "kitty", "bf16", "paper:tau_uint4=1.2,tau_bf16=2.2"]
+PRESETS = [
+    "default:residual_length=32,key_group=32",
+    "default:key_feedback=0.2,residual_length=32,key_group=32",
+    "kivi-2",
+    "kitty",
+    "bf16",
+    "paper:tau_uint4=1.2,tau_bf16=2.2",
+]
 
 
 def steps(batch: int, length: int, device: str) -> list[Step]:

@@ -1,4 +1,4 @@
-"""The command line: ``mixkvq generate | fidelity | bench | caches | calibrate``."""
+"""The command line: ``mixkvq generate | fidelity | eval | retrieval | bench | caches | calibrate``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import typer
 from mixkvq.cli.bench import bench
 from mixkvq.cli.caches import caches
 from mixkvq.cli.calibrate import calibrate
+from mixkvq.cli.eval import evaluation
 from mixkvq.cli.fidelity import fidelity
 from mixkvq.cli.generate import generate
+from mixkvq.cli.retrieval import retrieval
 
 app = typer.Typer(
     name="mixkvq",
@@ -19,6 +21,8 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(fidelity)
+app.add_typer(evaluation, name="eval")
+app.command()(retrieval)
 app.add_typer(bench, name="bench")
 app.command()(caches)
 app.add_typer(calibrate, name="calibrate")

@@ -30,8 +30,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.adapters.transformers import UnsupportedModelError
 from mixkvq.config import ConfigError, MixKVQConfig
+from mixkvq.evaluate.chains import ChatTemplateError
+from mixkvq.evaluate.errors import EvaluationError
 from mixkvq.evaluate.texts import TextError
-from mixkvq.models import DEFAULT_MODEL, ModelError, load
+from mixkvq.models import DEFAULT_MODEL, ModelError, check_adapter, load
 
 #: Results go to standard output, everything else here.
 notes = Console(stderr=True)
@@ -56,8 +58,30 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the resul
 DeviceOption = Annotated[str | None, typer.Option("--device", help="For example cuda or cpu.")]
 
 
+ReasonerOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter", help="A folder with a PEFT adapter for the model.", show_default="recipes/reasoner/adapter"
+    ),
+]
+#: The adapter that comes with a checkout of the project, and is not installed.
+REASONER = Path(__file__).parents[3] / "recipes" / "reasoner" / "adapter"
+
+
 class InputError(ValueError):
     """An argument that cannot be served."""
+
+
+#: Errors that say what to do about them.
+MENDABLE = (
+    ChatTemplateError,
+    ConfigError,
+    EvaluationError,
+    InputError,
+    ModelError,
+    TextError,
+    UnsupportedModelError,
+)
 
 
 @contextmanager
@@ -68,7 +92,7 @@ def clean_exit() -> Iterator[None]:
     except KeyboardInterrupt:
         notes.print("Interrupted; nothing was written.")
         raise typer.Exit(130) from None
-    except (ConfigError, InputError, ModelError, TextError, UnsupportedModelError) as error:
+    except MENDABLE as error:
         notes.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except torch.OutOfMemoryError as error:
@@ -101,6 +125,21 @@ def load_model(
     spinner = Console(file=sys.stderr)
     with spinner.status(f"Loading {DEFAULT_MODEL} …"), contextlib.redirect_stderr(io.StringIO()):
         return load(name, dtype=dtype, device=device)
+
+
+def reasoner_adapter(given: Path | None, model: str | None) -> Path | None:
+    """The adapter to merge: the one given, the recipe's for the default model, none for another model."""
+    if given is None and model is not None:
+        return None
+    if given is None and not REASONER.exists():
+        raise InputError(
+            "The default model does not solve these problems without an adapter, and recipes/reasoner/adapter is only "
+            "in a checkout of the project. Give a folder with --adapter (recipes/reasoner/train.py makes one), or "
+            "another model with --model."
+        )
+    folder = given or REASONER
+    check_adapter(folder)
+    return folder
 
 
 def progress() -> Progress:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.bench.environment import environment
 from mixkvq.cli.common import (
@@ -13,6 +16,7 @@ from mixkvq.cli.common import (
     InputError,
     JsonOption,
     ModelOption,
+    ReasonerOption,
     TextOption,
     WindowsOption,
     check_writable,
@@ -22,14 +26,21 @@ from mixkvq.cli.common import (
     parse_caches,
     parse_dtype,
     progress,
+    reasoner_adapter,
     write_json,
 )
+from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate import fidelity as measure
+from mixkvq.evaluate.chains import encode
+from mixkvq.evaluate.likelihood import chain_fidelity
+from mixkvq.evaluate.problems import problem_set
 from mixkvq.evaluate.texts import BUILT_IN, windows
-from mixkvq.models import DEFAULT_MODEL, context_length
-from mixkvq.report.tables import fidelity_table
+from mixkvq.models import DEFAULT_MODEL, context_length, merge_adapter
+from mixkvq.report.tables import chain_table, fidelity_table
 
 CACHES = ["kivi-2", "paper", "default", "kivi-4"]
+#: Problems that recipes are compared on; accuracy is measured on others.
+SPLIT = "dev"
 
 
 def fidelity(
@@ -39,6 +50,10 @@ def fidelity(
     count: WindowsOption = 4,
     model: ModelOption = None,
     dtype: Annotated[str, typer.Option(help="The model's type; float32 keeps its own rounding out.")] = "float32",
+    reasoner: Annotated[
+        int, typer.Option(help="Also score the right chains of so many problems, by a model that can solve them.")
+    ] = 0,
+    adapter: ReasonerOption = None,
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -46,6 +61,9 @@ def fidelity(
     with clean_exit():
         check_writable(json_file)
         configs = parse_caches(cache or CACHES)
+        if reasoner < 0:
+            raise InputError(f"--reasoner {reasoner}: score the chains of at least one problem, or of none.")
+        merged = reasoner_adapter(adapter, model) if reasoner else None
         if window < 2 * measure.WARM_UP or count < 1:
             raise InputError(
                 f"--window {window} --windows {count}: take windows of at least {2 * measure.WARM_UP} tokens (the "
@@ -62,6 +80,7 @@ def fidelity(
                 network, tokens, configs, lambda name: bar.update(task, advance=1, description=f"read {name}")
             )
         output.print(fidelity_table(rows))
+        chains = _chains(network, tokenizer, merged, reasoner, configs) if reasoner else {}
         about = {
             "model": model or DEFAULT_MODEL,
             "dtype": dtype,
@@ -69,4 +88,22 @@ def fidelity(
             "window": window,
             **environment(),
         }
-        write_json(json_file, [{**row.as_dict(), **about} for row in rows])
+        write_json(json_file, [{**row.as_dict(), **chains.get(row.cache, {}), **about} for row in rows])
+
+
+def _chains(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Path | None,
+    count: int,
+    configs: Mapping[str, MixKVQConfig],
+) -> dict[str, dict[str, Any]]:
+    """Print how right chains fare, and return it by cache, for JSON."""
+    if adapter is not None:
+        model = merge_adapter(model, adapter)
+    encoded = [encode(tokenizer, problem) for problem in problem_set(count, split=SPLIT)]
+    with progress() as bar:
+        task = bar.add_task("reading chains", total=count * len(configs))
+        rows = chain_fidelity(model, encoded, configs, lambda _: bar.update(task, advance=1))
+    output.print(chain_table(rows))
+    return {row.cache: {"chains": row.as_dict()} for row in rows}

@@ -8,6 +8,7 @@ packed. A chain whose every token is the most likely one is what greedy decoding
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -54,6 +55,7 @@ class ChainFidelity:
         cache: the preset as it was given.
         bits: honest bits per element of the packed tokens.
         nats_per_chain, nats_per_token: mean negative log-likelihood.
+        median: of the chains' nats, which a few chains that break altogether do not move.
         exact: share of chains that greedy decoding writes without a mistake.
         by_length: nats per chain of short, middle and long chains (:data:`LENGTHS`); None where there are none.
         scores: of the chains, in the order of the problems.
@@ -63,6 +65,7 @@ class ChainFidelity:
     bits: float
     nats_per_chain: float
     nats_per_token: float
+    median: float
     exact: float
     by_length: tuple[float | None, ...]
     scores: tuple[ChainScore, ...]
@@ -79,6 +82,7 @@ class ChainFidelity:
             bits=bits,
             nats_per_chain=nats / len(scores),
             nats_per_token=nats / sum(score.tokens for score in scores),
+            median=statistics.median(score.nats for score in scores),
             exact=sum(score.wrong == 0 for score in scores) / len(scores),
             by_length=tuple(_mean(classes[i]) for i in range(len(LENGTHS) + 1)),
             scores=tuple(scores),

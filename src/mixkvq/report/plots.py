@@ -27,6 +27,8 @@ MARKERS = "osD^vP"
 TICK_QUOTIENT = 1.3
 #: Inches, and dots of each: a README's width with room for high resolutions.
 SIZE, DOTS = (7.2, 3.8), 200
+#: How pictures are saved, by the end of their names.
+FORMATS: dict[str, dict[str, Any]] = {".png": {"dpi": DOTS}, ".svg": {"metadata": {"Date": None}}}
 
 
 class PlotError(RuntimeError):
@@ -81,9 +83,9 @@ def plot_files(files: Sequence[Path], out: Path) -> list[Path]:
     written = []
     for picture in pictures:
         figure = draw(picture)
-        for suffix, options in ((".png", {"dpi": DOTS}), (".svg", {"metadata": {"Date": None}})):
+        for suffix in FORMATS:
             path = out / f"{picture.name}{suffix}"
-            figure.savefig(path, **options)  # type: ignore[arg-type]
+            save(figure, path)
             written.append(path)
     return written
 
@@ -191,13 +193,27 @@ def _slug(text: str) -> str:
 # How it is drawn
 
 
-def draw(picture: Picture) -> Figure:
-    """One picture as a matplotlib figure."""
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of so many inches.
+
+    Raises:
+        PlotError: matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise PlotError('Pictures take the "plots" extra: pip install "mixkvq[plots]".') from None
-    figure = Figure(figsize=SIZE, layout="constrained")
+    return Figure(figsize=size, layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as one of :data:`FORMATS`."""
+    figure.savefig(path, **FORMATS[path.suffix])
+
+
+def draw(picture: Picture) -> Figure:
+    """One picture as a matplotlib figure."""
+    figure = new_figure(SIZE)
     axes = figure.add_subplot()
     axes.set_xscale("log", base=2)
     if picture.log_y:

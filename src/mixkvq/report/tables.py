@@ -8,7 +8,9 @@ from rich.table import Table
 
 from mixkvq.bench.decode import DecodeRow
 from mixkvq.config import MixKVQConfig, all_presets
+from mixkvq.evaluate.accuracy import Accuracy
 from mixkvq.evaluate.fidelity import Fidelity
+from mixkvq.evaluate.likelihood import LENGTHS, ChainFidelity
 from mixkvq.layers.recipe import expected_bits
 from mixkvq.store import MemoryReport
 
@@ -46,6 +48,49 @@ def fidelity_table(rows: Sequence[Fidelity]) -> Table:
             f"{max(row.kl, 0):.4f}",
             f"{row.top1_agreement:.1%}",
         )
+    return table
+
+
+def chain_table(rows: Sequence[ChainFidelity]) -> Table:
+    """Right chains by rising honest bits; nats are per chain."""
+    classes = ["short", "middle", "long"]
+    title = (
+        f"Right chains of {len(rows[0].scores):,} problems; short is up to {LENGTHS[0]}, long above {LENGTHS[1]} tokens"
+    )
+    table = new_table(title, "cache", "bits", "nats", "median", "exact", *classes)
+    for row in rows:
+        by_length = ("" if nats is None else f"{nats:.3f}" for nats in row.by_length)
+        table.add_row(
+            row.cache,
+            f"{row.bits:.2f}",
+            f"{row.nats_per_chain:.3f}",
+            f"{row.median:.3f}",
+            f"{row.exact:.1%}",
+            *by_length,
+        )
+    return table
+
+
+def accuracy_table(title: str, rows: Sequence[Accuracy]) -> Table:
+    """Accuracies in percent; the difference to full precision is in points."""
+    columns = ["cache", "right", "95%", "to bf16", "p", "exact", "cut off", "tokens", "bits"]
+    shown = {"to bf16": any(row.difference for row in rows), "exact": any(row.exact is not None for row in rows)}
+    shown["p"] = shown["to bf16"]
+    kept = [column for column in columns if shown.get(column, True)]
+    table = new_table(title, *kept)
+    for row in rows:
+        cells = {
+            "cache": row.cache,
+            "right": f"{row.accuracy:.1%}",
+            "95%": f"{100 * row.low:.1f} to {100 * row.high:.1f}",
+            "to bf16": "" if row.difference is None else f"{row.difference.points:+.1f}",
+            "p": "" if row.difference is None else f"{row.difference.p:.2g}",
+            "exact": "" if row.exact is None else f"{row.exact:.1%}",
+            "cut off": f"{row.cut_off:.1%}",
+            "tokens": f"{row.new_tokens:,.0f}",
+            "bits": "" if row.bits is None else f"{row.bits:.2f}",
+        }
+        table.add_row(*(cells[column] for column in kept))
     return table
 
 

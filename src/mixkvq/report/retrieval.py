@@ -1,0 +1,90 @@
+"""What ``mixkvq retrieval`` found: a table, and a heat map of depth by length."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from mixkvq.evaluate.retrieval import Cell, Summary
+from mixkvq.evaluate.retrieval.summary import SURE
+from mixkvq.report.plots import new_figure
+from mixkvq.report.tables import new_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+#: Its colours get darker all the way, so that they can be read in black and white.
+COLOURS = "YlGnBu"
+#: Shares above this are dark, and written upon in white.
+DARK = 0.55
+#: Inches of a panel's cell, and of what stands around the panels.
+CELL_WIDTH, CELL_HEIGHT, MARGIN = 0.62, 0.36, (1.7, 1.2)
+#: Inches of a panel at least, so that its title has room.
+LEAST_WIDTH, LEAST_HEIGHT = 1.5, 1.2
+
+
+def retrieval_table(title: str, rows: Sequence[Summary]) -> Table:
+    """One kind and cache a row; log-probabilities are in nats per token of the right answer."""
+    columns = ["cache", "kind", "found"]
+    compared = any(row.difference is not None for row in rows)
+    table = new_table(title, *columns, *([f"where bf16 > {SURE:.0%}", "log p to bf16"] if compared else []))
+    table.columns[1].justify = "left"
+    for row in rows:
+        cells = [row.cache, row.kind, f"{row.found:.1%}"]
+        if row.difference is not None:
+            sure = "nowhere" if row.sure is None else f"{row.sure:.1%} of {row.sure_cells} cells"
+            cells += [sure, f"{row.difference:+.3f}"]
+        table.add_row(*cells)
+    return table
+
+
+def heat_map(cells: Sequence[Cell], title: str = "") -> Figure:
+    """A panel for each kind (rows) and cache (columns): the share found, by depth and length.
+
+    Raises:
+        PlotError: matplotlib is missing.
+    """
+    kinds, caches = _in_order(cell.kind for cell in cells), _in_order(cell.cache for cell in cells)
+    lengths, depths = sorted({cell.length for cell in cells}), sorted({cell.depth for cell in cells})
+    width = max(CELL_WIDTH * len(lengths), LEAST_WIDTH) * len(caches)
+    height = max(CELL_HEIGHT * len(depths), LEAST_HEIGHT) * len(kinds)
+    figure = new_figure((width + MARGIN[0], height + MARGIN[1]))
+    panels = figure.subplots(len(kinds), len(caches), sharex=True, sharey=True, squeeze=False)
+    found = {(cell.kind, cell.cache, cell.length, cell.depth): cell.found for cell in cells}
+    for kind, row in zip(kinds, panels, strict=True):
+        for cache, axes in zip(caches, row, strict=True):
+            shares = [[found[kind, cache, length, depth] for length in lengths] for depth in depths]
+            image = _panel(axes, shares)
+            axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
+            axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        row[0].set_ylabel(f"{kind}\ndepth", fontsize=10)
+    for cache, axes in zip(caches, panels[0], strict=True):
+        # Where names of presets with overrides may fold.
+        axes.set_title(re.sub("[:,]", r"\g<0>\n", cache), fontsize=10)
+    bar = figure.colorbar(image, ax=panels, format=lambda share, _: f"{share:.0%}")
+    bar.set_label("found", fontsize=10)
+    bar.ax.tick_params(labelsize=9)
+    figure.supxlabel("tokens of context", fontsize=10)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return figure
+
+
+def _panel(axes: Axes, shares: list[list[float]]) -> AxesImage:
+    """One kind and cache: ``shares`` by depth and length."""
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap=COLOURS, aspect="auto")
+    for y, row in enumerate(shares):
+        for x, share in enumerate(row):
+            colour = "white" if share > DARK else "black"
+            axes.text(x, y, f"{share:.0%}", ha="center", va="center", color=colour, fontsize=9)
+    axes.tick_params(labelsize=9, length=3)
+    return image
+
+
+def _in_order(words: Iterable[str]) -> list[str]:
+    """Words without repeats."""
+    return list(dict.fromkeys(words))
