@@ -15,6 +15,7 @@ from models import VOCABULARY, tiny_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
+PAGES += sorted((ROOT / "recipes").glob("*/README.md"))
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_rgb
 from rich.console import Console
 
 from mixkvq.evaluate.retrieval import Cell, Summary
@@ -66,9 +67,15 @@ def test_table():
     assert "bf16" not in console.export_text()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.56, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.67, 0.69, 1.0])
 def test_words_on_colours_stand_out(share: float):
     axes = heat_map([Cell("bf16", "needle", 1024, 0.5, share, -1.0, None, ())]).axes[0]
-    background = axes.images[0].cmap(share)
-    light = sum(part * weight for part, weight in zip(background, (0.2126, 0.7152, 0.0722), strict=False))
-    assert axes.texts[0].get_color() == ("black" if light > 0.5 else "white")
+    words, background = (luminance(to_rgb(colour)) for colour in (axes.texts[0].get_color(), axes.images[0].cmap(share)))
+    light, dark = max(words, background), min(words, background)
+    assert (light + 0.05) / (dark + 0.05) > 4.3  # contrast as in WCAG, which asks for 4.5 of small print
+
+
+def luminance(colour: tuple[float, float, float]) -> float:
+    """Relative luminance of an sRGB colour."""
+    linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour)
+    return sum(part * weight for part, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))

@@ -56,7 +56,7 @@ def parts(tokenizer: PreTrainedTokenizerBase, problem: RetrievalProblem) -> tupl
 def test_lengths_are_exact(kind: str, tokenizer: Callable[[], PreTrainedTokenizerBase]):
     haystack = Haystack(tokenizer())
     for length in (1500, 2048):
-        problems = [problem for depth in depths(3) for problem in haystack.problems(kind, length, depth, 3)]
+        problems = [problem for depth in depths(2) for problem in haystack.problems(kind, length, depth, 2)]
         rooms = {length - len(problem.tokens) for problem in problems}
         assert len(rooms) == 1
         assert max(len(problem.answer) for problem in problems) + SPARE <= min(rooms)
@@ -71,7 +71,7 @@ def test_lengths_are_exact(kind: str, tokenizer: Callable[[], PreTrainedTokenize
 def test_depths_are_exact_to_a_word(kind: str):
     haystack = Haystack(merging_tokenizer())
     for depth in depths(5):
-        for problem in haystack.problems(kind, 2048, depth, 2):
+        for problem in haystack.problems(kind, 2048, depth, 1):
             context, question = parts(merging_tokenizer(), problem)
             lines = context.split("\n")
             asked = problem.wanted[0] if kind == "variables" else re.search(r"number for the (\w+ \w+)", question)[1]
@@ -183,7 +183,7 @@ def test_the_built_in_text_is_repeated(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_exact_cache_is_one_plain_forward_pass():
     model, tokenizer = tiny_model("llama"), chat_tokenizer()
-    problems = Haystack(tokenizer).problems("needle", 1024, 0.5, 3)
+    problems = Haystack(tokenizer).problems("needle", 600, 0.5, 2)
     cells = [retrieval(model, tokenizer, problems, EXACT, batch=batch)[0] for batch in (1, 2)]
     for cell in cells:
         for problem, reply in zip(problems, cell.replies, strict=True):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 #: Its colours get darker all the way, so that they can be read in black and white.
 COLOURS = "YlGnBu"
-#: Shares above this are dark, and written upon in white.
-DARK = 0.55
+#: Shares above this are written upon in white, which then stands out as much as black does below it.
+DARK = 0.68
 #: Inches of a panel's cell, and of what stands around the panels.
 CELL_WIDTH, CELL_HEIGHT, MARGIN = 0.62, 0.36, (1.7, 1.2)
 #: Inches of a panel at least, so that its title has room.
