@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 #: Modules of :mod:`mixkvq.kernels.triton` that serve flushes: their kernels are known by these beginnings.
-FLUSH_MODULES = ("advance", "pack", "plan")
+FLUSH_MODULES = ("advance", "feedback", "pack", "plan")
 
 
 def flush_share(run: Callable[[], object], repeats: int) -> float | None:
