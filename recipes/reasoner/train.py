@@ -13,8 +13,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from random import Random
@@ -34,6 +37,8 @@ from mixkvq.models import load
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 #: Problems that are sorted by length together, so that batches hold little padding.
 POOL = 512
+#: Splits that a model is judged on, and how many of their problems training must not meet.
+HELD_OUT, HELD_OUT_COUNT = ("dev", "validation", "test"), 2000
 #: Steps after which ``--minutes`` becomes a number of tokens.
 MEASURED_STEPS = 60
 
@@ -62,6 +67,8 @@ class Pools(Dataset[list[Batch]]):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, size: int) -> None:
         self.tokenizer, self.seed, self.size = tokenizer, seed, size
+        # Small problems of other names can be the same.
+        self.held_out = {problem.prompt for split in HELD_OUT for problem in problem_set(HELD_OUT_COUNT, split=split)}
 
     def __len__(self) -> int:
         return 1 << 20
@@ -70,7 +77,8 @@ class Pools(Dataset[list[Batch]]):
         families = list(FAMILIES)
         numbers = range(index * POOL, (index + 1) * POOL)
         problems = [make_problem(families[n % len(families)], f"train-{self.seed}", n) for n in numbers]
-        batches = into_batches([encode(self.tokenizer, problem) for problem in problems], self.size)
+        unseen = [problem for problem in problems if problem.prompt not in self.held_out]
+        batches = into_batches([encode(self.tokenizer, problem) for problem in unseen], self.size)
         Random(index).shuffle(batches)
         return batches
 
@@ -159,6 +167,9 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if (arguments.tokens is None) == (arguments.minutes is None):
         parser.error("give --tokens or --minutes")
+    if arguments.validation < 1:
+        parser.error(f"--validation {arguments.validation}: take at least one problem")
+    arguments.adapter.mkdir(parents=True, exist_ok=True)  # not after minutes of training
     return arguments
 
 
@@ -184,8 +195,11 @@ def main() -> None:
 
     losses: list[Tensor] = []
     total, seen, start = arguments.tokens, 0, time.perf_counter()
+    stop = _on_interrupt()
     for batch in (batch for pool in loader for batch in pool):
         step = len(losses)
+        if stop.is_set():
+            break
         if step == MEASURED_STEPS // 2:
             _synchronize(arguments.device)
             since, before = time.perf_counter(), seen
@@ -237,6 +251,20 @@ def main() -> None:
         right, count = solved(body, head, held_out, arguments.device)
     print(f"{right} of {count} held-out problems solved exactly", flush=True)
     report.write_text(json.dumps({"validation": count, "validation_exact": right / count, **results}, indent=1) + "\n")
+
+
+def _on_interrupt() -> threading.Event:
+    """An event that Ctrl-C sets, once; after that it interrupts as usual."""
+    event, ours = threading.Event(), os.getpid()
+
+    def stop(*_: object) -> None:
+        if os.getpid() == ours:  # the processes that make problems are stopped by this one
+            print("stopping after this step", flush=True)
+            event.set()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, stop)
+    return event
 
 
 def _synchronize(device: str) -> None:

@@ -18,6 +18,8 @@ import torch
 PROMOTED_BITS = 4
 #: Widths that codes can have; 16 stands for "not quantized, the model's own type".
 BITS = (2, 3, 4, 8, 16)
+#: Damping below which a covariance of few queries cannot be factored in float32.
+MIN_DAMPING = 1e-3
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -109,8 +111,8 @@ class MixKVQConfig:
         for field in ("key_bits", "value_bits"):
             _require(getattr(self, field) in BITS, f"{field} is one of {_join(BITS)}", self, field)
         _require(
-            self.key_feedback is None or self.key_feedback > 0,
-            "key_feedback is a positive number or none (without damping, few queries have no inverse)",
+            self.key_feedback is None or self.key_feedback >= MIN_DAMPING,
+            f"key_feedback is at least {MIN_DAMPING} or none (without damping, few queries have no inverse)",
             self,
             "key_feedback",
         )

@@ -49,7 +49,7 @@ def test_rows_table_and_picture(chat: Path, tmp_path: Path):
         (length, depth, cache) for length in (1000, 1100) for depth in (0.0, 1.0) for cache in ("bf16", "kivi-2")
     ]
     first = found[1]
-    assert (first["kind"], first["found"], first["bits"]) == ("needle", 0.0, 3.0)
+    assert (first["kind"], first["found"], first["bits"]) == ("needle", 0.0, 3.5)
     assert first["log_probability"] < 0
     assert [reply["name"] for reply in first["replies"]] == ["needle/1000/0.000/0", "needle/1000/0.000/1"]
     assert {"model", "dtype", "text", "batch", "command", "device", "date", "torch"} <= set(first)

@@ -1,5 +1,6 @@
 """``mixkvq eval`` as it is typed: tables, files to go on with, and errors that say what to do."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -9,8 +10,12 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner, Result
 
 from chats import Scripted, chat_tokenizer
+from mixkvq import CacheFullError
 from mixkvq.cli import app, common
+from mixkvq.evaluate.answers import Settings
 from mixkvq.evaluate.problems import problem_set
+from mixkvq.evaluate.runner import Run
+from mixkvq.evaluate.tasks import Reasoner
 from models import tiny_model
 
 LINEAR = ["q_proj", "v_proj"]
@@ -78,7 +83,8 @@ def test_the_same_command_goes_on(scripted: Scripted, tmp_path: Path):
     words = " ".join(result.output.split())
     assert "was not whole (an interrupted write); it is dropped" in words
     assert "has 3 of 5 answers; the rest is asked for" in words
-    assert sum(map(len, scripted.calls)) == 2
+    assert sorted(map(len, scripted.calls)) == [1, 2]  # one of the two was there; its batch is asked as a whole
+    assert len(answers.read_text().splitlines()) == 5
     assert "reasoner: 5 questions" in result.output
     refused = complaint("reasoner", "--problems", 5, "--max-new-tokens", 9, *options)
     assert "max_new_tokens was None" in refused
@@ -105,6 +111,59 @@ def test_interrupting_keeps_the_answers(scripted: Scripted, tmp_path: Path):
     scripted.calls.clear()
     assert run(*options, "--answers", answers).exit_code == 0
     assert sum(map(len, scripted.calls)) == 2
+
+
+def test_interrupting_changes_no_file(scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neither one with a line that was cut off, nor one of something else that was named by mistake."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    answers = tmp_path / "answers.jsonl"
+    options = ("reasoner", "--model", "m", "--problems", 2, "--longest", 120, "--cache", "bf16", "--answers", answers)
+    run(*options)
+    monkeypatch.setattr(EVAL, "Reasoner", interrupted)
+    for content, message in [
+        (answers.read_bytes()[:-5], "holds 1 answers"),
+        (b'{"precious": 1}', "Interrupted; nothing"),
+    ]:
+        answers.write_bytes(content)
+        result = run(*options)
+        assert result.exit_code == 130
+        assert message in " ".join(result.output.split())
+        assert answers.read_bytes() == content
+
+
+def test_a_file_of_something_else_is_left_alone(scripted: Scripted, tmp_path: Path):
+    other = tmp_path / "precious.json"
+    other.write_text('{"precious": 1}')
+    words = complaint("reasoner", "--model", "m", "--problems", 1, "--longest", 120, "--answers", other)
+    assert "is not one that mixkvq eval began to write. Give another file with --answers" in words
+    assert other.read_text() == '{"precious": 1}'
+
+
+def test_a_context_that_is_too_short(scripted: Scripted):
+    options = ("reasoner", "--model", "m", "--problems", 9, "--longest", 120, "--cache", "bf16")
+    assert "leaves" not in run(*options).output
+    task = Reasoner(9, longest=120)
+    items = Run(scripted, chat_tokenizer(), task, Settings("m", None, "", None, 0.0, 1.0, 0), batch=1).items
+    scripted.config = copy.copy(scripted.config)
+    scripted.config.max_position_embeddings = context = items[0].length - 1
+    result = run(*options)
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.output.split())
+    assert words.count(f"context of {context:,} leaves 1 of 9 questions fewer new tokens than they should have") == 1
+    context = len(items[0].prompt) + items[0].chain_tokens - 1
+    scripted.config.max_position_embeddings = context
+    assert f"more than the model's context of {context:,}: no cache could be right. Ask for" in complaint(*options)
+
+
+def test_a_cache_that_is_full_is_no_traceback(scripted: Scripted, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise CacheFullError("The cache is full.")
+
+    monkeypatch.setattr(scripted, "generate", full)
+    assert "Error: The cache is full." in complaint("reasoner", "--model", "m", "--problems", 1, "--longest", 120)
 
 
 def test_a_real_model_with_an_adapter(chat: Path, tmp_path: Path):

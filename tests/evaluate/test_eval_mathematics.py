@@ -87,12 +87,38 @@ def test_the_first_problems_and_the_room_for_answers(tmp_path: Path):
         ('\n{"question": "?"}\n', "Line 2 of .* is no problem: .* has question"),
         ('{"question": "?", "answer": "#### "}\n', "is no problem"),
         ("", "There are no problems in 'gsm8k_test.jsonl'"),
+        (
+            '{"question": "?", "answer": null}\n',
+            "Line 1 of .* is no problem: its 'answer' is null, and has to be text or",
+        ),
+        ('{"question": "?", "answer": ["1"]}\n', r"its 'answer' is \[\"1\"\], and has to be text or a number"),
+        ('{"question": "?", "answer": true}\n', "its 'answer' is true"),
     ],
 )
 def test_files_that_are_not_right(tmp_path: Path, content: str, message: str):
     (tmp_path / "gsm8k_test.jsonl").write_text(content)
     with pytest.raises(EvaluationError, match=message):
         Mathematics("gsm8k", folder=tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_only_newlines_end_a_line(tmp_path: Path, ending: str):
+    """Not what JSON allows within a text, though Python's splitlines() takes it for an end."""
+    text = "a\u2028b\u2029c\x85d"
+    lines = [json.dumps({"question": text, "answer": str(n)}, ensure_ascii=False) for n in range(2)]
+    (tmp_path / "aime_2024.jsonl").write_bytes("".join(line + ending for line in lines).encode())
+    questions = Mathematics("aime-2024", folder=tmp_path).questions
+    assert [question.right for question in questions] == ["0", "1"]
+    assert all(question.prompt.startswith(text) for question in questions)
+
+
+def test_a_file_that_is_not_utf_8(tmp_path: Path):
+    content = '{"question": "1?", "answer": 1}\n{"question": "Où?", "answer": 1}\n'
+    (tmp_path / "aime_2024.jsonl").write_bytes(content.encode("latin-1"))
+    with pytest.raises(
+        EvaluationError, match=r"Line 2 of .*aime_2024.jsonl' is not UTF-8: .* Convert the file to UTF-8"
+    ):
+        Mathematics("aime-2024", folder=tmp_path)
 
 
 def test_a_folder_without_the_file(tmp_path: Path):
@@ -121,6 +147,25 @@ def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(EvaluationError, match=rf"\({package} is missing\): pip install \"mixkvq\[eval\]\""):
         errors.needed(package)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("import no_such_dependency", "No module named 'no_such_dependency'"),
+        ("from installed_package import nothing", "cannot import name 'nothing' from"),
+        ("raise ImportError('libfoo.so: not found')", "libfoo.so: not found"),
+    ],
+)
+def test_packages_that_are_there_but_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, cause: str):
+    (tmp_path / "installed_package.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EvaluationError, match="installed_package, which is installed but could not") as raised:
+        errors.needed("installed_package")
+    assert cause in str(raised.value)
+    assert "is missing" not in str(raised.value)
+    with pytest.raises(EvaluationError, match=r"\(no_such_package.part is missing\)"):
+        errors.needed("no_such_package.part")
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the sets as files: set MIXKVQ_DATA")

@@ -158,6 +158,25 @@ def test_models_that_cannot_be_asked():
         run(Scripted(str), Echo([4090]))
 
 
+def test_a_context_that_clips_answers():
+    clipped = run(Scripted(str), Echo([4000, 4070, 4072], samples=2))
+    template = len(clipped.items[-1].prompt) - 4000
+    limits = {item.question.name: item.limit for item in clipped.items}
+    assert limits == {"q4000": 12, "q4070": 26 - template, "q4072": 24 - template}
+    assert clipped.clipped == 2  # questions, not answers
+
+
+def test_a_right_answer_that_does_not_fit_is_refused():
+    task = Echo([])
+    task.questions = [Question("long", "x" * 4000, "", chain="c" * 90)]
+    settings = dataclasses.replace(SETTINGS, max_new_tokens=91)
+    message = r"Question long has 4,0\d+ tokens and its right answer takes 91, .* context of 4,096: .* with --longest"
+    with pytest.raises(EvaluationError, match=message):
+        run(Scripted(str), task, settings)
+    few = run(Scripted(str), task, dataclasses.replace(SETTINGS, max_new_tokens=5))  # as the user wants it
+    assert (few.items[0].limit, few.clipped) == (5, 0)
+
+
 # Files
 
 
@@ -186,11 +205,60 @@ def test_a_line_that_was_not_written_to_its_end(tmp_path: Path):
     content = path.read_bytes()
     for cut in (1, 30, len(content.splitlines(keepends=True)[-1]) - 1):
         path.write_bytes(content[:-cut])
-        assert AnswerFile(path).dropped
-        assert not AnswerFile(path).dropped  # it is gone
-        assert len(AnswerFile(path).answers) == 2
+        for _ in range(2):  # looking at it changes nothing
+            assert AnswerFile(path).dropped
+            assert len(AnswerFile(path).answers) == 2
+            assert path.read_bytes() == content[:-cut]
         assert answers(run(Scripted(lambda _: "é"), task), path=path) == whole
         assert path.read_bytes() == content
+        assert not AnswerFile(path).dropped
+    file = AnswerFile(path)
+    for one in whole[:2]:
+        file.append([one])
+    assert path.read_bytes() == content + "".join(one.line() for one in whole[:2]).encode()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_samples_do_not_depend_on_an_interruption(tmp_path: Path, batch: int):
+    path, task = tmp_path / "answers.jsonl", Echo([4, 8, 6], samples=2)
+    settings = dataclasses.replace(SETTINGS, temperature=1.0, seed=3)
+    whole = answers(run(tiny_model("llama"), task, settings, batch=batch), CACHES, path)
+    lines = path.read_text().splitlines(keepends=True)
+    for there in ([], lines[:1], lines[:5], lines[2:3] + lines[8:9], lines[:11], lines):
+        path.write_text("".join(there))
+        found = answers(run(tiny_model("llama"), task, settings, batch=batch), CACHES, path)
+        assert len(found) == 12
+        assert {answer.key: answer for answer in found} == {answer.key: answer for answer in whole}
+        assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_only_batches_with_something_missing_are_asked(tmp_path: Path):
+    path, task = tmp_path / "answers.jsonl", Echo([1, 2, 3, 4, 5])
+    answers(run(Scripted(lambda _: "no"), task), path=path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2] + lines[3:]))
+    model, counts = Scripted(lambda _: "no"), []
+    again, file = run(model, task), AnswerFile(path)
+    again.answers(ONE, file.of(task, ONE, SETTINGS), file, lambda _, count: counts.append(count))
+    assert model.calls == [["xxx", "xx"]]
+    assert counts == [4, 5]
+    assert path.read_text() == "".join(lines[:2] + lines[3:] + lines[2:3])
+
+
+def test_a_fixed_cache_has_room_for_the_batches_after_an_interruption(tmp_path: Path):
+    """Batches that were cut anew could have both the longest prompt and the longest answer."""
+
+    class Uneven(Echo):
+        def room(self, chain_tokens: int | None) -> int:
+            return chain_tokens or 4
+
+    task, path = Uneven([180, 181]), tmp_path / "answers.jsonl"
+    task.questions = [*task.questions, *(Question(name, name, "?", chain="c" * 120) for name in "ab")]
+    caches = {"small": MixKVQConfig.parse("default:residual_length=32,key_group=32")}
+    whole = answers(run(tiny_model("llama"), task, static=True), caches, path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+    found = answers(run(tiny_model("llama"), task, static=True), caches, path)
+    assert found == whole
 
 
 def test_more_questions_samples_and_caches_are_added(tmp_path: Path):
@@ -236,10 +304,16 @@ def test_files_that_hold_something_else(tmp_path: Path):
         ("no JSON\n", "Line 1 of .* is not an answer that mixkvq eval wrote: Expecting value"),
         ('{"a": 1}\n', "Line 1 .*: fields are missing"),
         ("[]\n", "fields are missing"),
+        ('{"precious": 1}', "The last line of .* has no end, and is not one that mixkvq eval began to write"),
+        ('{"precious": ', "has no end"),
+        ("precious", "has no end"),
+        ('{"task": "mine"}', "has no end"),
+        ("[1]", "has no end"),
     ]:
         path.write_text(content)
         with pytest.raises(EvaluationError, match=message):
             AnswerFile(path)
+        assert path.read_text() == content
     with pytest.raises(EvaluationError, match="Cannot read the answers"):
         AnswerFile(tmp_path)
 

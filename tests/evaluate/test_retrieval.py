@@ -26,6 +26,8 @@ from mixkvq.evaluate.texts import TextError, read_text
 from mixkvq.models import attention
 from models import VOCABULARY, tiny_model
 
+#: A line that was put into the text.
+HIDDEN = r"^(VAR \w+ = \w+|The special number for the .*)$"
 EXACT = {"bf16": MixKVQConfig.preset("bf16")}
 
 
@@ -71,20 +73,14 @@ def test_lengths_are_exact(kind: str, tokenizer: Callable[[], PreTrainedTokenize
 def test_depths_are_exact_to_a_word(kind: str):
     haystack = Haystack(merging_tokenizer())
     for depth in depths(5):
-        for problem in haystack.problems(kind, 2048, depth, 1):
-            context, question = parts(merging_tokenizer(), problem)
-            lines = context.split("\n")
-            asked = problem.wanted[0] if kind == "variables" else re.search(r"number for the (\w+ \w+)", question)[1]
-            at = next(i for i, line in enumerate(lines) if re.match(rf"(VAR|The special number).* {asked}\b", line))
-            own = [not re.match(r"VAR \w+ = \w+$|The special number for", line) for line in lines]
-            before, after = (
-                sum(len(line) + 1 for line, text in part if text)
-                for part in (list(zip(lines, own, strict=True))[:at], list(zip(lines, own, strict=True))[at + 1 :])
-            )
-            assert before / (before + after) == pytest.approx(depth, abs=60 / len(context))
-            assert (before == 0) == (depth == 0)
-            if kind != "variables":
-                assert (after == 0) == (depth == 1)
+        problem = haystack.problems(kind, 2048, depth, 1)[0]
+        context, question = parts(merging_tokenizer(), problem)
+        asked = problem.wanted[0] if kind == "variables" else re.search(r"number for the (\w+ \w+)", question)[1]
+        before, _, after = re.split(rf"^((?:VAR|The special number).* {asked} .*)$", context, flags=re.MULTILINE)
+        before, after = (re.sub(HIDDEN, "", part, flags=re.MULTILINE).strip() for part in (before, after))
+        assert len(before) / (len(before) + len(after)) == pytest.approx(depth, abs=0.01)
+        assert (before == "") == (depth == 0)
+        assert (after == "") == (depth == 1)
 
 
 @pytest.mark.parametrize("kind", ["needle", "needles"])
@@ -159,6 +155,9 @@ def test_lengths_that_cannot_be(tmp_path: Path):
     with pytest.raises(TextError, match=r"'.*text.txt' has 600 tokens, and --length 1500 takes 1,\d\d\d of them"):
         haystack.problems("needle", 1500, 0.5, 1)
     assert len(haystack.problems("needle", 800, 0.5, 1)) == 1
+    path.write_text("")
+    with pytest.raises(TextError, match="has 0 tokens"):
+        Haystack(chat_tokenizer(), path).problems("needle", 800, 0.5, 1)
     with pytest.raises(EvaluationError, match="There is no kind 'nadel'"):
         haystack.problems("nadel", 800, 0.5, 1)
     with pytest.raises(ChatTemplateError, match="no chat template"):
@@ -256,7 +255,7 @@ class Parrot(Scripted):
         logits = torch.zeros(len(tokens), 1, VOCABULARY)
         for row, said in enumerate(map(str, map(chat_tokenizer().decode, self.rows))):
             prompt, _, begun = said.partition("assistant\n")
-            written = re.sub(r"^.*?(in the text is|above are:)", "", begun)
+            written = re.sub(r"^.*?(in the text is|above are)", "", begun)
             rest = self.reply(prompt)[len(written) :]
             token = chat_tokenizer()(rest[0])["input_ids"][0] if rest else END
             logits[row, 0, token] = 9.0

@@ -60,7 +60,7 @@ def test_it_moves_keys_to_where_the_reference_rounds_them_from(text: str, dim: i
     blocks = torch.stack([keys[r, :, s : s + size] for r, s in zip(rows, starts, strict=True)])
     of_blocks = statistics.rows(torch.tensor(rows, device=DEVICE))
     bits = recipe.plan(blocks, of_blocks)
-    expected = dequantized(blocks, bits, config, recipe._feedback(blocks, of_blocks))
+    expected = dequantized(blocks, bits, config, recipe.feedback(blocks, bits, of_blocks))
 
     before = keys.clone()
     integers = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (rows, starts, [1, 1, 1, 0])]
@@ -90,6 +90,20 @@ def test_it_moves_keys_to_where_the_reference_rounds_them_from(text: str, dim: i
         # In bfloat16 the moved keys are so coarse that many codes fall to either side.
         differ = (expected[:3] - written[:3]).abs() > 0.1 * (expected - blocks.float()).abs().mean()
         assert differ.float().mean() < 0.02
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_queries_that_are_not_finite_move_nothing(bad: float):
+    config = MixKVQConfig.parse("default:key_feedback=0.2,residual_length=16,key_group=16")
+    recipe = Recipe.of(config, policy_class(config.policy)(config), 1, 16, 16, torch.float32)
+    keys = torch.randn(1, 1, 16, 16, device=DEVICE)
+    moment = torch.eye(16, device=DEVICE)[None, None] + 0.3
+    moment[..., 2, 2] = bad
+    before, one = keys.clone(), torch.ones(1, dtype=torch.int32, device=DEVICE)
+    bits = torch.full((1, 1, 16), 2, dtype=torch.uint8, device=DEVICE)
+    options = {"damping": 0.2, "key_clip": True, "key_unbiased": True}
+    move_keys(keys, one - 1, one - 1, one, bits, moment, recipe.layout, **options)
+    assert torch.equal(keys, before)
 
 
 def test_heads_that_no_program_can_hold_are_refused():

@@ -91,7 +91,7 @@ def test_logits_come_out_better(clip: bool):
     keys, covariance = random_problem(dim=16, tokens=128)
     bits = torch.full((2, 3, 16), 2, dtype=torch.uint8)
     bits[:, :, -4:] = 4
-    feedback = Feedback.of(covariance, rounding_order(keys, covariance, group=128, bits=2), damping=0.05)
+    feedback = Feedback.of(covariance, rounding_order(keys, covariance, bits == 16, group=128, bits=2), damping=0.05)
     plain, fed = (restored(keys, bits, f, clip=clip) for f in (None, feedback))
     assert (logit_error(keys, fed, covariance) < 0.8 * logit_error(keys, plain, covariance)).all()
 
@@ -112,6 +112,25 @@ def test_channels_that_are_stored_as_they_are_cause_no_error():
     salience = torch.arange(8.0).expand(2, 3, 8)  # all but three of the exact channels come first
     fed = restored(keys, bits, Feedback.of(covariance, salience, damping=0.1))
     assert torch.equal(fed, restored(keys, bits, None))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_turns_feedback_off(bad: float):
+    keys, covariance = random_problem()
+    covariance[0, 1, 2, 3] = covariance[0, 1, 3, 2] = covariance[0, 1, 2, 2] = bad
+    bits = torch.full((2, 3, 8), 2, dtype=torch.uint8)
+    feedback = Feedback.of(covariance, torch.rand(2, 3, 8), damping=0.2)
+    plain, fed = restored(keys, bits, None), restored(keys, bits, feedback)
+    assert torch.equal(fed[0, 1], plain[0, 1])
+    assert not torch.equal(fed[0, 0], plain[0, 0])
+
+
+def test_channels_that_are_stored_as_they_are_come_first():
+    keys, covariance = random_problem()
+    exact = torch.zeros(2, 3, 8, dtype=torch.bool)
+    exact[:, :, 5] = True
+    order = rounding_order(keys, covariance, exact, group=32, bits=2).argsort(-1, descending=True)
+    assert (order[:, :, 0] == 5).all()
 
 
 @settings(max_examples=30, deadline=None)

@@ -34,6 +34,7 @@ from mixkvq.evaluate.chains import ChatTemplateError
 from mixkvq.evaluate.errors import EvaluationError
 from mixkvq.evaluate.texts import TextError
 from mixkvq.models import DEFAULT_MODEL, ModelError, check_adapter, load
+from mixkvq.store.books import CacheFullError
 
 #: Results go to standard output, everything else here.
 notes = Console(stderr=True)
@@ -74,6 +75,7 @@ class InputError(ValueError):
 
 #: Errors that say what to do about them.
 MENDABLE = (
+    CacheFullError,
     ChatTemplateError,
     ConfigError,
     EvaluationError,

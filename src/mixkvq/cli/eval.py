@@ -35,11 +35,11 @@ from mixkvq.cli.common import (
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate.accuracy import Accuracy, accuracies
 from mixkvq.evaluate.answers import AnswerFile, Settings
-from mixkvq.evaluate.errors import needed
+from mixkvq.evaluate.errors import EvaluationError, needed
 from mixkvq.evaluate.problems import MAX_CHAIN
 from mixkvq.evaluate.runner import Run
 from mixkvq.evaluate.tasks import BENCHMARKS, Mathematics, Reasoner, Task
-from mixkvq.models import DEFAULT_MODEL, check_adapter, merge_adapter
+from mixkvq.models import DEFAULT_MODEL, check_adapter, context_length, merge_adapter
 from mixkvq.report.tables import accuracy_table
 
 CACHES = ["bf16", "default"]
@@ -179,7 +179,13 @@ def _evaluate(task: Task, options: Options, seed: int, json_file: Path | None) -
         top_p=task.top_p,
         seed=seed,
     )
-    rows = _rows(Run(model, tokenizer, task, settings, batch=options.batch), configs, file)
+    run = Run(model, tokenizer, task, settings, batch=options.batch)
+    if run.clipped:
+        notes.print(
+            f"The model's context of {context_length(model):,} leaves {run.clipped:,} of {len(task.questions):,} "
+            "questions fewer new tokens than they should have; answers that are cut off there are wrong."
+        )
+    rows = _rows(run, configs, file)
     questions, samples = rows[0].questions, rows[0].samples
     times = f", {samples} answers to each" if samples > 1 else ""
     print_table(accuracy_table(f"{task.name}: {questions:,} questions{times}", rows))
@@ -237,9 +243,12 @@ def _resumable(path: Path | None) -> Iterator[None]:
     """Say how to go on after Ctrl-C, if answers were kept."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if path is None or not path.exists():
             raise
-        count = len(AnswerFile(path).answers)
+        try:
+            count = len(AnswerFile(path).answers)
+        except EvaluationError:  # a file of something else, which was not come to yet
+            raise interrupt from None
         notes.print(f"Interrupted; {path} holds {count:,} answers. The same command goes on from there.")
         raise typer.Exit(130) from None

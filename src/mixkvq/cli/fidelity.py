@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from mixkvq.bench.environment import environment
 from mixkvq.cli.common import (
@@ -31,7 +31,7 @@ from mixkvq.cli.common import (
 )
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate import fidelity as measure
-from mixkvq.evaluate.chains import encode
+from mixkvq.evaluate.chains import Chain, encode
 from mixkvq.evaluate.likelihood import chain_fidelity
 from mixkvq.evaluate.problems import problem_set
 from mixkvq.evaluate.texts import BUILT_IN, windows
@@ -73,6 +73,10 @@ def fidelity(
         limit = context_length(network)
         if limit is not None and window > limit:
             raise InputError(f"--window {window} is longer than the model's context of {limit} tokens.")
+        encoded = [encode(tokenizer, problem) for problem in problem_set(reasoner, split=SPLIT)]
+        longest = max((len(chain.tokens) for chain in encoded), default=0)
+        if limit is not None and longest > limit:
+            raise InputError(f"--reasoner: chains of {longest} tokens are longer than the model's context of {limit}.")
         tokens = windows(tokenizer, text or [None], window, count)
         with progress() as bar:
             task = bar.add_task("reading", total=len(tokens) * (len(configs) + 1))
@@ -80,7 +84,7 @@ def fidelity(
                 network, tokens, configs, lambda name: bar.update(task, advance=1, description=f"read {name}")
             )
         output.print(fidelity_table(rows))
-        chains = _chains(network, tokenizer, merged, reasoner, configs) if reasoner else {}
+        chains = _chains(network, merged, encoded, configs) if encoded else {}
         about = {
             "model": model or DEFAULT_MODEL,
             "dtype": dtype,
@@ -92,18 +96,13 @@ def fidelity(
 
 
 def _chains(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter: Path | None,
-    count: int,
-    configs: Mapping[str, MixKVQConfig],
+    model: PreTrainedModel, adapter: Path | None, encoded: Sequence[Chain], configs: Mapping[str, MixKVQConfig]
 ) -> dict[str, dict[str, Any]]:
     """Print how right chains fare, and return it by cache, for JSON."""
     if adapter is not None:
         model = merge_adapter(model, adapter)
-    encoded = [encode(tokenizer, problem) for problem in problem_set(count, split=SPLIT)]
     with progress() as bar:
-        task = bar.add_task("reading chains", total=count * len(configs))
+        task = bar.add_task("reading chains", total=len(encoded) * len(configs))
         rows = chain_fidelity(model, encoded, configs, lambda _: bar.update(task, advance=1))
     output.print(chain_table(rows))
     return {row.cache: {"chains": row.as_dict()} for row in rows}

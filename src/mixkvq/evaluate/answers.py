@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from mixkvq.evaluate.tasks import Task
 
 #: What tells an answer from all others: cache, question, sample.
 Key = tuple[str, str, int]
+#: What every line of a file begins with.
+START = '{"task": "'
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,24 @@ def config_fields(config: MixKVQConfig) -> dict[str, Any]:
     return {field.name: value for field, value in values if value != field.default}
 
 
+def _is_cut(rest: str) -> bool:
+    """Whether a line without an end is one of ours that was not written in full, but perhaps for its newline."""
+    try:
+        Answer.of_line(rest)
+    except json.JSONDecodeError:
+        return rest.startswith(START) or START.startswith(rest)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
 class AnswerFile:
     """A file of answers to append to.
 
     Attributes:
         path: of the file; None keeps nothing.
         answers: those it held when it was opened.
-        dropped: whether its last line was not whole, and was dropped.
+        dropped: whether its last line was not whole. It is no answer, and goes once another one is written.
 
     Raises:
         EvaluationError: it cannot be read, or holds something else.
@@ -118,6 +132,7 @@ class AnswerFile:
         self.path = path
         self.answers: list[Answer] = []
         self.dropped = False
+        self._whole = 0
         if path is not None and path.exists():
             self._read(path)
 
@@ -135,16 +150,23 @@ class AnswerFile:
                     f"Line {number} of '{path}' is not an answer that mixkvq eval wrote: {error}. Give another file "
                     "with --answers, or delete the line."
                 ) from error
-        if rest:
-            self.dropped = True
-            with path.open("rb+") as file:
-                file.truncate(len(content) - len(rest))
+        self.dropped, self._whole = bool(rest), len(content) - len(rest)
+        if rest and not _is_cut(rest.decode(errors="replace")):  # it may end within a character
+            raise EvaluationError(
+                f"The last line of '{path}' has no end, and is not one that mixkvq eval began to write. Give another "
+                "file with --answers, or delete the line."
+            )
 
     def append(self, answers: Iterable[Answer]) -> None:
         """Write answers at the end, at once."""
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(answer.line() for answer in answers))
+        if self.path is None:
+            return
+        if self.dropped:
+            # Not when it is read: who only looks at a file must not change it.
+            os.truncate(self.path, self._whole)
+            self.dropped = False
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(answer.line() for answer in answers))
 
     def of(self, task: Task, caches: Mapping[str, MixKVQConfig], settings: Settings) -> list[Answer]:
         """The answers that a run need not write again.

@@ -129,10 +129,11 @@ def score_chain(model: PreTrainedModel, chain: Chain, config: MixKVQConfig) -> t
     tokens = chain.tokens.to(model.device)
     nats, wrong = 0.0, 0
     for start, stop in pieces(chain.prompt, len(tokens) - 1, config):
-        logits = model(tokens[None, start:stop], past_key_values=cache, use_cache=True).logits[0]
         first = max(start, chain.prompt - 1)
+        given: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "logits_to_keep": stop - first}
+        logits = model(tokens[None, start:stop], **given).logits[0]
         targets = tokens[first + 1 : stop + 1]
-        scored = F.log_softmax(logits[first - start :].float(), -1)
+        scored = F.log_softmax(logits.float(), -1)
         nats += F.nll_loss(scored, targets, reduction="sum").item()
         wrong += int((scored.argmax(-1) != targets).sum())
     problem = chain.problem

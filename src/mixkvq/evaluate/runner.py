@@ -57,6 +57,11 @@ class Item:
     limit: int
 
     @property
+    def key(self) -> tuple[str, int]:
+        """Question and sample."""
+        return self.question.name, self.sample
+
+    @property
     def length(self) -> int:
         """Tokens of prompt and answer at most."""
         return len(self.prompt) + self.limit
@@ -85,11 +90,14 @@ class Run:
     Attributes:
         items: all answers to be written with each cache, longest first: what does not fit into memory does not fit at
             the start, and batches hold little padding.
+        batches: all items, as they are written together. They do not depend on what is already answered, so that a
+            run that goes on samples what it would have sampled at once.
+        clipped: questions whose answers the model's context makes shorter than they may be.
         ends: tokens that end an answer.
 
     Raises:
         ChatTemplateError: the model has no chat template.
-        EvaluationError: a question leaves no room for an answer in the model's context.
+        EvaluationError: a question leaves no room for an answer, or for its right chain, in the model's context.
     """
 
     def __init__(
@@ -104,9 +112,11 @@ class Run:
     ) -> None:
         self.model, self.tokenizer, self.task, self.settings = model, tokenizer, task, settings
         self.static = model.device.type == "cuda" if static is None else static
+        self.clipped = 0
         items = [item for question in task.questions for item in self._items(question)]
         self.items = sorted(items, key=lambda item: -item.length)
         self.batch = min(batch, len(items))
+        self.batches = [self.items[start : start + self.batch] for start in range(0, len(items), self.batch)]
         self.ends = end_tokens(model, tokenizer)
 
     def _items(self, question: Question) -> list[Item]:
@@ -114,16 +124,28 @@ class Run:
         chain_tokens = None
         if question.chain is not None:
             chain_tokens = len(self.tokenizer(question.chain, add_special_tokens=False)["input_ids"]) + 1
-        limit = self.settings.max_new_tokens or self.task.room(chain_tokens)
-        context = context_length(self.model)
-        if context is not None:
-            limit = min(limit, context - len(prompt))
-        if limit < 1:
+        limit = self._limit(question, len(prompt), chain_tokens)
+        return [Item(question, sample, prompt, chain_tokens, limit) for sample in range(self.task.samples)]
+
+    def _limit(self, question: Question, prompt: int, chain_tokens: int | None) -> int:
+        """New tokens that an answer may take, within the model's context."""
+        asked, context = self.settings.max_new_tokens or self.task.room(chain_tokens), context_length(self.model)
+        if context is None or asked <= context - prompt:
+            return asked
+        room = context - prompt
+        if room < 1:
             raise EvaluationError(
-                f"Question {question.name} has {len(prompt):,} tokens and leaves no room for an answer in the model's "
+                f"Question {question.name} has {prompt:,} tokens and leaves no room for an answer in the model's "
                 f"context of {context:,}. Give a model with a longer context with --model."
             )
-        return [Item(question, sample, prompt, chain_tokens, limit) for sample in range(self.task.samples)]
+        if chain_tokens is not None and room < chain_tokens:
+            raise EvaluationError(
+                f"Question {question.name} has {prompt:,} tokens and its right answer takes {chain_tokens:,}, which is "
+                f"more than the model's context of {context:,}: no cache could be right. Ask for shorter chains with "
+                "--longest, or give a model with a longer context with --model."
+            )
+        self.clipped += 1
+        return room
 
     def answers(
         self,
@@ -140,24 +162,25 @@ class Run:
             advance: called with a cache's name, and how many of its answers there are.
         """
         answers = list(kept)
-        done = {answer.key for answer in answers}
         with attention(self.model, NAME):
             for name, config in caches.items():
-                todo = [item for item in self.items if (name, item.question.name, item.sample) not in done]
-                count = len(self.items) - len(todo)
+                done = {(answer.question, answer.sample) for answer in kept if answer.cache == name}
+                count = sum(item.key in done for item in self.items)
                 advance(name, count)
-                for batch in self._batches(name, config, todo):
-                    file.append(batch)
-                    answers += batch
-                    count += len(batch)
+                todo = [batch for batch in self.batches if any(item.key not in done for item in batch)]
+                for written in self._answered(name, config, todo):
+                    # Of a batch that was partly answered, what is there stays.
+                    new = [answer for answer in written if (answer.question, answer.sample) not in done]
+                    file.append(new)
+                    answers += new
+                    count += len(new)
                     advance(name, count)
         return answers
 
-    def _batches(self, name: str, config: MixKVQConfig, items: Sequence[Item]) -> Iterator[list[Answer]]:
+    def _answered(self, name: str, config: MixKVQConfig, batches: Sequence[Sequence[Item]]) -> Iterator[list[Answer]]:
         """The answers with one cache, batch by batch."""
-        fixed = self._static_cache(config) if self.static else None
-        for start in range(0, len(items), self.batch):
-            batch = items[start : start + self.batch]
+        fixed = self._static_cache(config) if self.static and batches else None
+        for batch in batches:
             if fixed is None:
                 written = self._write(MixKVQCache(self.model.config, config), batch)
             else:
@@ -169,9 +192,7 @@ class Run:
 
     def _static_cache(self, config: MixKVQConfig) -> MixKVQStaticCache:
         """A cache with room for any batch."""
-        starts = range(0, len(self.items), self.batch)
-        batches = [self.items[start : start + self.batch] for start in starts]
-        longest = max(max(len(x.prompt) for x in batch) + max(x.limit for x in batch) for batch in batches)
+        longest = max(max(len(x.prompt) for x in batch) + max(x.limit for x in batch) for batch in self.batches)
         return fixed_cache(self.model, config, self.batch, longest)
 
     def _write(self, cache: MixKVQCache | MixKVQStaticCache, batch: Sequence[Item]) -> list[Written]:
@@ -255,5 +276,5 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 
 def batch_seed(seed: int, batch: Sequence[Item]) -> int:
     """A seed for the sampling of a batch, the same for every cache."""
-    names = [(item.question.name, item.sample) for item in batch]
-    return int.from_bytes(hashlib.sha256(repr((seed, names)).encode()).digest()[:7])
+    keys = [item.key for item in batch]
+    return int.from_bytes(hashlib.sha256(repr((seed, keys)).encode()).digest()[:7])

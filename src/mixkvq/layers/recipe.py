@@ -113,7 +113,7 @@ class Recipe:
                 clip=config.key_clip,
                 unbiased=config.key_unbiased,
                 param_dtype=config.param_dtype,
-                feedback=self._feedback(keys, statistics),
+                feedback=self.feedback(keys, bits, statistics),
             ),
             quantize_values(
                 values,
@@ -126,12 +126,14 @@ class Recipe:
             ),
         )
 
-    def _feedback(self, keys: Tensor, statistics: QueryStatistics | None) -> Feedback | None:
+    def feedback(self, keys: Tensor, bits: Tensor, statistics: QueryStatistics | None) -> Feedback | None:
+        """How errors travel in blocks ``keys [N, Hkv, R, D]`` planned at ``bits``, a row of statistics each."""
         damping = self.config.key_feedback
         covariance = None if statistics is None else statistics.covariance()
         if damping is None or covariance is None:
             return None
-        order = rounding_order(keys, covariance, group=self.config.key_group, bits=self.config.key_bits)
+        exact, config = bits == DENSE_BITS, self.config
+        order = rounding_order(keys, covariance, exact, group=config.key_group, bits=config.key_bits)
         return Feedback.of(covariance, order, damping)
 
     def packs_on(self, device: torch.device) -> bool:
@@ -141,6 +143,16 @@ class Recipe:
         from mixkvq.kernels.triton.feedback import MAX_DIM
 
         return not self.needs_covariance or self.layout.key_dim <= MAX_DIM
+
+    def check_kernels(self, device: torch.device) -> None:
+        """Refuse a device with kernels that do not serve this recipe, where nothing else can pack: in CUDA graphs."""
+        if has_kernels(device) and not self.packs_on(device):
+            raise ValueError(
+                "On a GPU a cache of a fixed size is packed by kernels, for a residual_length that is a power of two "
+                "and, with key_feedback, heads of up to 128 channels. This one has residual_length="
+                f"{self.config.residual_length} and heads of {self.layout.key_dim}: change the configuration, or use "
+                "MixKVQCache, which packs by torch operations where it must."
+            )
 
     def plan_on_device(
         self,

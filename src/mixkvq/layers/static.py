@@ -74,6 +74,7 @@ class ModelCache:
         self._check_turn(0)
         batch, kv_heads, _, key_dim = keys.shape
         recipe = Recipe.of(self.config, self.policy, kv_heads, key_dim, values.shape[3], keys.dtype)
+        recipe.check_kernels(keys.device)
         shape = StaticShape(
             layout=recipe.layout,
             layers=self.layers,

@@ -38,7 +38,7 @@ class Feedback(NamedTuple):
         """From ``H [N, Hkv, D, D]``, in the order of falling ``salience [N, Hkv, D]``.
 
         ``damping`` times its mean diagonal is added to the diagonal of H. A covariance of no queries at all, which is
-        zero, leads to no feedback.
+        zero, leads to no feedback, and so does one that is not finite: a bad query must not spoil all keys after it.
         """
         order = salience.argsort(dim=-1, descending=True, stable=True)
         count = order.shape[-1]
@@ -46,7 +46,7 @@ class Feedback(NamedTuple):
         ordered = sorted_rows.gather(3, order[:, :, None, :].expand(-1, -1, count, -1)).float()
         power = ordered.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         identity = torch.eye(count, device=ordered.device)
-        damped = torch.where(power > 0, ordered / power + damping * identity, identity)
+        damped = torch.where((power > 0) & power.isfinite(), ordered / power + damping * identity, identity)
         # The factor of the reversed matrix, reversed, is upper triangular.
         upper = torch.linalg.cholesky(damped.flip(-1, -2)).flip(-1, -2)
         return cls(order, upper / upper.diagonal(dim1=-2, dim2=-1)[..., None, :])
@@ -92,10 +92,13 @@ def quantize_with_feedback(
     return Affine(*(_ordered(torch.stack(parts, 2), back) for parts in zip(*rounded, strict=True)))
 
 
-def rounding_order(keys: Tensor, covariance: Tensor, *, group: int, bits: int) -> Tensor:
-    """``[N, Hkv, D]``: the salience by which channels are ordered, from mean squared queries and the keys' steps."""
+def rounding_order(keys: Tensor, covariance: Tensor, exact: Tensor, *, group: int, bits: int) -> Tensor:
+    """``[N, Hkv, D]``: the salience by which channels are ordered, from mean squared queries and the keys' steps.
+
+    Channels that are stored as they are (``exact``) come first: they cannot make up for anything.
+    """
     power = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0)
-    return power.sqrt() * sensitivity(keys, group, bits)
+    return (power.sqrt() * sensitivity(keys, group, bits)).masked_fill(exact, torch.inf)
 
 
 def _ordered(x: Tensor, order: Tensor) -> Tensor:

@@ -29,7 +29,10 @@ LEAST_WIDTH, LEAST_HEIGHT = 1.5, 1.2
 
 
 def retrieval_table(title: str, rows: Sequence[Summary]) -> Table:
-    """One kind and cache a row; log-probabilities are in nats per token of the right answer."""
+    """One kind and cache a row; log-probabilities are in nats per token of the right answer.
+
+    Where full precision is sure, the share found stands with the number of such cells (lengths and depths).
+    """
     columns = ["cache", "kind", "found"]
     compared = any(row.difference is not None for row in rows)
     table = new_table(title, *columns, *([f"where bf16 > {SURE:.0%}", "log p to bf16"] if compared else []))
@@ -37,7 +40,7 @@ def retrieval_table(title: str, rows: Sequence[Summary]) -> Table:
     for row in rows:
         cells = [row.cache, row.kind, f"{row.found:.1%}"]
         if row.difference is not None:
-            sure = "nowhere" if row.sure is None else f"{row.sure:.1%} of {row.sure_cells} cells"
+            sure = "nowhere" if row.sure is None else f"{row.sure:.1%} in {row.sure_cells}"
             cells += [sure, f"{row.difference:+.3f}"]
         table.add_row(*cells)
     return table
@@ -69,7 +72,7 @@ def heat_map(cells: Sequence[Cell], title: str = "") -> Figure:
     bar = figure.colorbar(image, ax=panels, format=lambda share, _: f"{share:.0%}")
     bar.set_label("found", fontsize=10)
     bar.ax.tick_params(labelsize=9)
-    figure.supxlabel("tokens of context", fontsize=10)
+    figure.supxlabel("tokens of prompt and answer", fontsize=10)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure
 

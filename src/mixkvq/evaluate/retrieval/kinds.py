@@ -85,7 +85,7 @@ def variables(rng: Random, depth: float, text: str) -> Hidden:
         intro="Variables are assigned in the following text, in lines that begin with VAR. Memorize and track them.",
         question=f"Find all {LINKS} variables that are assigned the value {number} in the text above, directly or "
         "through other variables.",
-        start=f"The {LINKS} variables that are assigned the value {number} in the text above are:",
+        start=f"The {LINKS} variables that are assigned the value {number} in the text above are",
         answer=f" {', '.join(asked)}",
         wanted=tuple(asked),
     )

@@ -30,7 +30,7 @@ class RetrievalProblem:
         kind: a key of :data:`.kinds.KINDS`.
         length: tokens of the prompt and of the room for an answer together, so that a model's own limit can be asked
             for. The room is the same for all problems of a kind, and so are their prompts.
-        depth: share of the text that comes before what is asked for.
+        depth: share of the text, in characters, that comes before what is asked for, to a word.
         tokens: of the prompt, in the chat template, with the beginning of the answer.
         context: how many of them come before the question.
         answer: tokens of the rest of the right answer.
@@ -131,5 +131,5 @@ def check_kind(kind: str) -> None:
 
 def _turned(text: str, rng: Random) -> str:
     """The text begun at the start of any of its lines, and gone on with from its own beginning."""
-    start = text.find("\n", rng.randrange(len(text))) + 1
+    start = text.find("\n", rng.randrange(len(text) + 1)) + 1
     return f"{text[start:]}\n\n{text[:start]}"

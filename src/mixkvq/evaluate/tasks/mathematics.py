@@ -91,13 +91,24 @@ class Mathematics(Task):
 
 def _question(name: str, row: Mapping[str, Any], benchmark: Benchmark, where: str) -> Question:
     text = next((row[field] for field in PROBLEM_FIELDS if isinstance(row.get(field), str)), None)
-    answer = str(row.get("answer", "")).rpartition(benchmark.mark)[2] if benchmark.mark else str(row.get("answer", ""))
-    if text is None or not answer.strip():
+    answer = _answer(row.get("answer", ""), benchmark, where)
+    if text is None or not answer:
         raise EvaluationError(
             f"{where} is no problem: it takes an 'answer' and a '{PROBLEM_FIELDS[0]}' (or '{PROBLEM_FIELDS[1]}'), and "
             f"has {', '.join(sorted(row)) or 'nothing'}."
         )
-    return Question(name, f"{text.strip()}\n\n{INSTRUCTION}", answer.strip(), str(row.get("subject", "")))
+    return Question(name, f"{text.strip()}\n\n{INSTRUCTION}", answer, str(row.get("subject", "")))
+
+
+def _answer(value: Any, benchmark: Benchmark, where: str) -> str:
+    """The final answer, as text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise EvaluationError(
+            f"{where} is no problem: its 'answer' is {json.dumps(value, default=repr)}, and has to be text or a "
+            "number. Mend or delete that line."
+        )
+    text = str(value)
+    return (text.rpartition(benchmark.mark)[2] if benchmark.mark else text).strip()
 
 
 def _of_folder(folder: Path, benchmark: Benchmark) -> list[tuple[str, dict[str, Any]]]:
@@ -108,8 +119,20 @@ def _of_folder(folder: Path, benchmark: Benchmark) -> list[tuple[str, dict[str, 
             f"There is no {benchmark.file} in '{folder}'. Give a folder that has it with --data-dir, or leave that out "
             f"to load {benchmark.hub} from the Hugging Face hub."
         )
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    # splitlines() would also split at characters that JSON allows within a text, such as U+2028.
+    lines = enumerate(_text(path).split("\n"), 1)
     return [(f"Line {number} of '{path}'", _row(line, path, number)) for number, line in lines if line.strip()]
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise EvaluationError(
+            f"Line {number} of '{path}' is not UTF-8: {error}. Convert the file to UTF-8, for example with iconv."
+        ) from error
 
 
 def _row(line: str, path: Path, number: int) -> dict[str, Any]:

@@ -108,8 +108,10 @@ def _move(
     diagonal = channel[:, None] == channel[None, :]
     powers = tl.sum(tl.where(diagonal, matrix, 0.0), axis=1)
     score = tl.where(inside, tl.sqrt(tl.maximum(powers, 0.0)) * steps(x, side, form), -1.0)
+    score = tl.where(score == score, score, 0.0)  # NaN would never be chosen
+    score = tl.where(inside & (width == DENSE), float("inf"), score)
     power = tl.sum(powers) / side.dim
-    if power == 0:
+    if not ((power > 0) & (power < float("inf"))):
         return
     matrix = tl.where(both, matrix / power, 0.0)
     matrix += tl.where(diagonal, tl.where(inside, damping, 1.0)[:, None], 0.0)
