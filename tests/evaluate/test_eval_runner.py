@@ -252,9 +252,9 @@ def test_a_fixed_cache_has_room_for_the_batches_after_an_interruption(tmp_path: 
         def room(self, chain_tokens: int | None) -> int:
             return chain_tokens or 4
 
-    task, path = Uneven([180, 181]), tmp_path / "answers.jsonl"
-    task.questions = [*task.questions, *(Question(name, name, "?", chain="c" * 120) for name in "ab")]
-    caches = {"small": MixKVQConfig.parse("default:residual_length=32,key_group=32")}
+    task, path = Uneven([100, 101]), tmp_path / "answers.jsonl"
+    task.questions = [*task.questions, *(Question(name, name, "?", chain="c" * 90) for name in "ab")]
+    caches = {"small": MixKVQConfig.parse("default:residual_length=16,key_group=16")}
     whole = answers(run(tiny_model("llama"), task, static=True), caches, path)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
     found = answers(run(tiny_model("llama"), task, static=True), caches, path)

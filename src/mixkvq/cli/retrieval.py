@@ -68,8 +68,7 @@ def retrieval(
 ) -> None:
     """Hide things in text, and ask for them: does the model find them in a cache?
 
-    Prompts of all lengths are read once for every depth, problem and cache: without options that takes about 10 minutes
-    on two CPU cores.
+    Every cache reads every kind, length, depth and problem: without options, about 10 minutes on two idle CPU cores.
     """
     with clean_exit():
         kinds, lengths = list(dict.fromkeys(kind or KINDS)), sorted(set(length or LENGTHS))

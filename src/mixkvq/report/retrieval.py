@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,8 @@ COLOURS = "YlGnBu"
 DARK = 0.68
 #: Inches of a panel's cell, and of what stands around the panels.
 CELL_WIDTH, CELL_HEIGHT, MARGIN = 0.62, 0.36, (1.7, 1.2)
-#: Inches of a panel at least, so that its title has room.
-LEAST_WIDTH, LEAST_HEIGHT = 1.5, 1.2
+#: Inches of a panel at least, so that its title has room, and characters of the picture's title in an inch.
+LEAST_WIDTH, LEAST_HEIGHT, TITLE = 1.5, 1.2, 10
 
 
 def retrieval_table(title: str, rows: Sequence[Summary]) -> Table:
@@ -73,7 +74,7 @@ def heat_map(cells: Sequence[Cell], title: str = "") -> Figure:
     bar.set_label("found", fontsize=10)
     bar.ax.tick_params(labelsize=9)
     figure.supxlabel("tokens of prompt and answer", fontsize=10)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(textwrap.fill(title, round(TITLE * figure.get_figwidth())), fontsize=11, x=0.01, ha="left")
     return figure
 
 
@@ -85,6 +86,11 @@ def _panel(axes: Axes, shares: list[list[float]]) -> AxesImage:
             colour = "white" if share > DARK else "black"
             axes.text(x, y, f"{share:.0%}", ha="center", va="center", color=colour, fontsize=9)
     axes.tick_params(labelsize=9, length=3)
+    # White lines between the cells.
+    axes.set_xticks([x + 0.5 for x in range(len(shares[0]) - 1)], minor=True)
+    axes.set_yticks([y + 0.5 for y in range(len(shares) - 1)], minor=True)
+    axes.tick_params(which="minor", length=0)
+    axes.grid(which="minor", color="white", linewidth=1)
     return image
 
 

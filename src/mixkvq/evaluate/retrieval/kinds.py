@@ -84,7 +84,7 @@ def variables(rng: Random, depth: float, text: str) -> Hidden:
         lines=tuple(line for chain in zip(places, numbers, chains, strict=True) for line in _assignments(*chain)),
         intro="Variables are assigned in the following text, in lines that begin with VAR. Memorize and track them.",
         question=f"Find all {LINKS} variables that are assigned the value {number} in the text above, directly or "
-        "through other variables.",
+        "through other variables. Write their names with commas between them.",
         start=f"The {LINKS} variables that are assigned the value {number} in the text above are",
         answer=f" {', '.join(asked)}",
         wanted=tuple(asked),
