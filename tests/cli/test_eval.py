@@ -220,7 +220,9 @@ def test_benchmarks(chat: Path, tmp_path: Path):
         (("gsm8k", "--adapter", "nowhere"), "There is no adapter in 'nowhere'"),
     ],
 )
-def test_refusals(arguments: tuple, message: str):
+def test_refusals(arguments: tuple, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "adapter_config.json").write_text("{}")  # or a checkout without the adapter would be refused first
+    monkeypatch.setattr(common, "REASONER", tmp_path)
     assert message in complaint(*arguments)
 
 
