@@ -7,10 +7,9 @@ packed. A chain whose every token is the most likely one is what greedy decoding
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,7 +83,7 @@ class ChainFidelity:
             nats_per_token=nats / sum(score.tokens for score in scores),
             median=statistics.median(score.nats for score in scores),
             exact=sum(score.wrong == 0 for score in scores) / len(scores),
-            by_length=tuple(_mean(classes[i]) for i in range(len(LENGTHS) + 1)),
+            by_length=tuple(statistics.fmean(classes[i]) if classes[i] else None for i in range(len(LENGTHS) + 1)),
             scores=tuple(scores),
         )
 
@@ -145,8 +144,3 @@ def pieces(prompt: int, length: int, config: MixKVQConfig) -> list[tuple[int, in
     """Bounds of what is fed at once: the prompt, then up to the end of every block."""
     after = [(max(start, prompt), stop) for start, stop in appends(length, config) if stop > prompt]
     return [(0, min(prompt, length)), *after]
-
-
-def _mean(numbers: Iterable[float]) -> float | None:
-    listed = list(numbers)
-    return math.fsum(listed) / len(listed) if listed else None

@@ -43,7 +43,7 @@ def _pack_active(store: StaticStore, recipe: Recipe) -> None:
     bits = recipe.plan_on_device(keys, *where, store.active, store.all_statistics)
     if store.shape.chunks_per_page is None:
         hand_out_chunks(store, bits)
-    recipe.move_on_device(keys, *where, store.active, bits, store.all_statistics)  # the residual is done with
+    keys = recipe.move_on_device(keys, *where, store.active, bits, store.all_statistics, in_place=True)  # done with
     pools = store.all_pages, store.chunks
     recipe.pack_on_device(keys, values, *where, bits, store.numbers, store.run_starts, *pools)
 
@@ -83,8 +83,7 @@ def pack(
         everyone = torch.ones_like(numbers)
         bits = recipe.plan_on_device(source.keys, *where, everyone, of_rows)
         bits, run_starts = store.house(bits, numbers)
-        keys = source.keys.clone() if recipe.needs_covariance else source.keys  # the model's own stay as they are
-        recipe.move_on_device(keys, *where, everyone, bits, of_rows)
+        keys = recipe.move_on_device(source.keys, *where, everyone, bits, of_rows)
         pools = store.all_pages, store.chunks
         recipe.pack_on_device(keys, source.values, *where, bits, numbers, run_starts, *pools)
         return

@@ -75,8 +75,7 @@ class LayerCache:
         rows = torch.arange(count, dtype=torch.int32, device=device)
         starts = torch.zeros_like(rows)
         pools = self.store.pages.data, self.store.chunk_data
-        keys = blocks.keys.clone() if self.recipe.needs_covariance else blocks.keys  # the model's own stay as they are
-        self.recipe.move_on_device(keys, rows, starts, torch.ones_like(rows), bits, statistics)
+        keys = self.recipe.move_on_device(blocks.keys, rows, starts, torch.ones_like(rows), bits, statistics)
         self.recipe.pack_on_device(keys, blocks.values, rows, starts, bits, pages, run_starts, *pools)
 
     def _chunks(self, bits: Tensor) -> dict[int, list[int]]:

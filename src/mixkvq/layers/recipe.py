@@ -177,11 +177,17 @@ class Recipe:
         active: Tensor,
         bits: Tensor,
         statistics: QueryStatistics | None,
-    ) -> None:
-        """Error feedback by :func:`mixkvq.kernels.triton.feedback.move_keys`, which see: ``keys`` change in place."""
+        *,
+        in_place: bool = False,
+    ) -> Tensor:
+        """The keys to pack: with error feedback by :func:`mixkvq.kernels.triton.feedback.move_keys`, which see.
+
+        A copy, as ``keys`` may be the model's own, unless they may change ``in_place``.
+        """
         damping = self.config.key_feedback
         if statistics is None or statistics.moment is None or damping is None:
-            return
+            return keys
+        keys = keys if in_place else keys.clone()
         from mixkvq.kernels.triton.feedback import move_keys
 
         move_keys(
@@ -196,6 +202,7 @@ class Recipe:
             key_clip=self.config.key_clip,
             key_unbiased=self.config.key_unbiased,
         )
+        return keys
 
     def pack_on_device(
         self,

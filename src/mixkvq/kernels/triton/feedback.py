@@ -122,6 +122,8 @@ def _move(
         picked = channel == chosen
         score = tl.where(picked, -2.0, score)
         bits_here = tl.sum(tl.where(picked, width, 0))
+        weights = tl.sum(tl.where(picked[:, None], matrix, 0.0), axis=0)
+        shares = weights / tl.sum(tl.where(picked, weights, 0.0))
         if bits_here != DENSE:
             # What is stored is what is packed, so the error is that of the stored number.
             number = nearest(tl.sum(tl.where(picked[:, None], x, 0.0), axis=0), DTYPE)
@@ -130,14 +132,8 @@ def _move(
             grouped = tl.reshape(number, [1, side.groups, side.group])
             codes, scale, zero = quantize(grouped, (levels - 1).to(tl.float32), inside, 2, False, side, form)
             error = number - tl.reshape(codes * scale + zero, [form.tokens])
-            weights = tl.sum(tl.where(picked[:, None], matrix, 0.0), axis=0)
-            pivot = tl.sum(tl.where(picked, weights, 0.0))
-            x -= weights[:, None] * (error / pivot)[None, :]
-            matrix -= weights[:, None] * (weights / pivot)[None, :]
-        else:
-            weights = tl.sum(tl.where(picked[:, None], matrix, 0.0), axis=0)
-            pivot = tl.sum(tl.where(picked, weights, 0.0))
-            matrix -= weights[:, None] * (weights / pivot)[None, :]
+            x -= shares[:, None] * error[None, :]
+        matrix -= weights[:, None] * shares[None, :]
 
 
 @triton.jit
