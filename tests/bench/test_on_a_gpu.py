@@ -45,8 +45,8 @@ def test_capacity_is_what_fits(model, monkeypatch: pytest.MonkeyPatch):
     before = torch.cuda.memory_reserved()
     rows = bench_capacity(model, 20_000, {"default": CACHES["default"]}, memory=before + memory, steps=4)
     assert rows[0].kernel == "Triton split-KV"
-    assert rows[1].batch > rows[0].batch
-    assert all(row.peak_bytes <= before + memory for row in rows)
+    assert rows[1].batch > rows[0].batch, rows
+    assert all(row.peak_bytes <= before + memory for row in rows), (before, memory, rows)
 
 
 def test_prefill(model):

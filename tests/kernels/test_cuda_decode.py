@@ -131,10 +131,11 @@ def test_it_appends_gathers_statistics_and_leaves_its_counters_at_zero():
     cache, step = filled("default", [300, 5], new=3, heads=8, kv_heads=2)
     tensors = cache_tensors(cache)
     before = tensors.dense_keys.clone(), tensors.dense_values.clone()
-    seen = QueryStatistics(2, 2, 64, torch.device(DEVICE))
-    total, count = seen.total.clone(), seen.count.clone()
+    seen = QueryStatistics(2, 2, 64, torch.device(DEVICE), sample_dtype=step.query.dtype)
+    total, count, samples = (x.clone() for x in seen.tensors())
     for _ in range(2):
         seen.update(step.query)
+        seen.sample(step.query, tensors.lengths)
         decode.decode_attention(
             step.query,
             step.keys,
@@ -142,10 +143,12 @@ def test_it_appends_gathers_statistics_and_leaves_its_counters_at_zero():
             tensors,
             scaling=0.1,
             append=True,
-            statistics=QueryStatistics.of(total, count),
+            statistics=QueryStatistics.of(total, count, samples),
         )
     assert torch.allclose(total, seen.total, rtol=1e-5)
     assert torch.equal(count, seen.count)
+    assert samples.any()
+    assert torch.equal(samples, seen.samples)
     for old, now, new in zip(before, (tensors.dense_keys, tensors.dense_values), (step.keys, step.values), strict=True):
         for row, slot in enumerate((4 + (300 - 4) % 128, 5)):
             assert torch.equal(now[row, :, slot : slot + 3], new[row])

@@ -202,15 +202,18 @@ def test_append_writes_the_next_slots_and_nothing_else(lengths: list[int], devic
 def test_statistics_are_those_of_query_statistics(heads: int, new: int, dtype: torch.dtype, device: torch.device):
     shape = {"heads": heads, "dim": 24, "dtype": dtype}
     cache, step = filled(MixKVQConfig.preset("default"), [20, 5], device, **shape), new_tokens(2, new, device, **shape)
-    expected = QueryStatistics(2, 2, 24, device)
+    expected = QueryStatistics(2, 2, 24, device, sample_dtype=dtype)
     expected.total += 0.5
     expected.count += 3
-    total, count = expected.total.clone(), expected.count.clone()
+    total, count, samples = (x.clone() for x in expected.tensors())
     for _ in range(2):
         expected.update(step.query)
-        run(step, cache_tensors(cache), scaling=0.2, statistics=QueryStatistics.of(total, count))
+        expected.sample(step.query, torch.tensor([20, 5], device=device))
+        run(step, cache_tensors(cache), scaling=0.2, statistics=QueryStatistics.of(total, count, samples))
     torch.testing.assert_close(total, expected.total)
     assert torch.equal(count, expected.count)
+    assert samples.any()
+    assert torch.equal(samples, expected.samples)
 
 
 def test_counters_are_ready_for_the_next_call(device: torch.device):

@@ -14,6 +14,7 @@ from mixkvq.quant.block import quantize_keys
 from mixkvq.quant.salience import QueryStatistics
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEEDS_GPU = pytest.mark.skipif(DEVICE.type != "cuda", reason="takes minutes when it is interpreted")
 pytestmark = pytest.mark.skipif(not available(DEVICE), reason="Triton needs a GPU or TRITON_INTERPRET=1")
 
 
@@ -38,24 +39,28 @@ def logit_error(keys: torch.Tensor, other: torch.Tensor, covariance: torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("text", "dim", "dtype"),
+    ("text", "dim", "tokens", "dtype"),
     [
-        ("default:key_feedback=0.2,residual_length=32,key_group=32", 16, torch.float32),
-        ("default:key_feedback=0.5,residual_length=32,key_group=16", 24, torch.bfloat16),
-        ("kivi-2:key_feedback=0.1,residual_length=16,key_group=16", 20, torch.float16),
-        ("paper:key_feedback=0.2,tau_bf16=2.2,tau_uint4=1.2,residual_length=32", 16, torch.bfloat16),
-        ("default:key_feedback=0.2", 64, torch.bfloat16),
+        ("default:key_feedback=0.2,residual_length=32,key_group=32", 16, 50, torch.float32),
+        ("default:key_feedback=0.5,residual_length=32,key_group=16", 24, 300, torch.bfloat16),
+        ("kivi-2:key_feedback=0.1,residual_length=16,key_group=16", 20, 20, torch.float16),
+        ("paper:key_feedback=0.2,tau_bf16=2.2,tau_uint4=1.2,residual_length=32", 16, 50, torch.bfloat16),
+        ("default:key_feedback=0.2", 64, 150, torch.bfloat16),
+        ("kivi-2:key_feedback=0.2,residual_length=16,key_group=16", 144, 400, torch.float32),
+        pytest.param("default:key_feedback=0.2", 256, 900, torch.bfloat16, marks=NEEDS_GPU),
     ],
 )
-def test_it_moves_keys_to_where_the_reference_rounds_them_from(text: str, dim: int, dtype: torch.dtype):
+def test_it_moves_keys_to_where_the_reference_rounds_them_from(text: str, dim: int, tokens: int, dtype: torch.dtype):
     config = MixKVQConfig.parse(text)
     heads, size = 2, config.residual_length
     keys = torch.randn(3, heads, 2 * size + 9, dim) * torch.logspace(-1, 0.7, dim) + torch.randn(dim)
     keys = keys.to(dtype).to(DEVICE)
     recipe = Recipe.of(config, policy_class(config.policy)(config), heads, dim, dim, dtype)
-    statistics = QueryStatistics(3, heads, dim, DEVICE, covariance=True)
-    mixing = torch.randn(dim, dim, device=DEVICE)
-    statistics.update(torch.randn(3, 2 * heads, 50, dim, device=DEVICE) @ mixing)
+    statistics = QueryStatistics(3, heads, dim, DEVICE, sample_dtype=dtype)
+    queries = torch.randn(3, 2 * heads, tokens, dim, device=DEVICE) @ torch.randn(dim, dim, device=DEVICE)
+    statistics.update(queries.to(dtype))
+    statistics.sample(queries.to(dtype), torch.tensor([0, 30, 7], device=DEVICE))
+    statistics = statistics.with_prompt(queries.to(dtype))
     rows, starts = [1, 0, 1, 2], [9, 0, size + 9, 3]
     blocks = torch.stack([keys[r, :, s : s + size] for r, s in zip(rows, starts, strict=True)])
     of_blocks = statistics.rows(torch.tensor(rows, device=DEVICE))
@@ -68,7 +73,7 @@ def test_it_moves_keys_to_where_the_reference_rounds_them_from(text: str, dim: i
         keys,
         *integers,
         bits,
-        statistics.moment,
+        statistics.samples,
         recipe.layout,
         damping=config.key_feedback,
         key_clip=config.key_clip,
@@ -84,10 +89,10 @@ def test_it_moves_keys_to_where_the_reference_rounds_them_from(text: str, dim: i
         logit_error(blocks[:3].float(), x[:3], covariance)
         for x in (written, expected, dequantized(blocks, bits, config))
     )
-    assert (ours < 0.9 * unmoved).all()
-    assert torch.allclose(ours, theirs, rtol=0.05)
-    if dtype != torch.bfloat16:
-        # In bfloat16 the moved keys are so coarse that many codes fall to either side.
+    assert (ours < 0.95 * unmoved).float().mean() > 0.8
+    assert torch.allclose(ours, theirs, rtol=0.1)
+    if dtype == torch.float32:
+        # In 16 bits the moved keys are so coarse that many codes fall to either side.
         differ = (expected[:3] - written[:3]).abs() > 0.1 * (expected - blocks.float()).abs().mean()
         assert differ.float().mean() < 0.02
 
@@ -97,29 +102,10 @@ def test_queries_that_are_not_finite_move_nothing(bad: float):
     config = MixKVQConfig.parse("default:key_feedback=0.2,residual_length=16,key_group=16")
     recipe = Recipe.of(config, policy_class(config.policy)(config), 1, 16, 16, torch.float32)
     keys = torch.randn(1, 1, 16, 16, device=DEVICE)
-    moment = torch.eye(16, device=DEVICE)[None, None] + 0.3
-    moment[..., 2, 2] = bad
+    samples = torch.randn(1, 1, 32, 16, device=DEVICE)
+    samples[..., 20, 2] = bad
     before, one = keys.clone(), torch.ones(1, dtype=torch.int32, device=DEVICE)
     bits = torch.full((1, 1, 16), 2, dtype=torch.uint8, device=DEVICE)
     options = {"damping": 0.2, "key_clip": True, "key_unbiased": True}
-    move_keys(keys, one - 1, one - 1, one, bits, moment, recipe.layout, **options)
+    move_keys(keys, one - 1, one - 1, one, bits, samples, recipe.layout, **options)
     assert torch.equal(keys, before)
-
-
-def test_heads_that_no_program_can_hold_are_refused():
-    config = MixKVQConfig.parse("default:key_feedback=0.2")
-    recipe = Recipe.of(config, policy_class(config.policy)(config), 1, 256, 256, torch.bfloat16)
-    none = torch.zeros(0, dtype=torch.int32, device=DEVICE)
-    with pytest.raises(ValueError, match="up to 128 channels, not 256"):
-        move_keys(
-            torch.zeros(1, 1, 128, 256, device=DEVICE),
-            none,
-            none,
-            none,
-            torch.zeros(0, 1, 256, dtype=torch.uint8, device=DEVICE),
-            torch.zeros(1, 1, 256, 256, device=DEVICE),
-            recipe.layout,
-            damping=0.2,
-            key_clip=False,
-            key_unbiased=False,
-        )

@@ -133,6 +133,19 @@ def test_channels_that_are_stored_as_they_are_come_first():
     assert (order[:, :, 0] == 5).all()
 
 
+@pytest.mark.parametrize(("dim", "parts"), [(128, 1), (144, 2), (256, 2), (288, 3)])
+def test_large_heads_are_cut_into_parts(dim: int, parts: int):
+    keys, covariance = random_problem(dim=dim)
+    bits = torch.full((2, 3, dim), 2, dtype=torch.uint8)
+    salience = torch.rand(2, 3, dim)
+    together = restored(keys, bits, Feedback.of(covariance, salience, damping=0.2))
+    for part in range(parts):
+        own = slice(part, None, parts)
+        feedback = Feedback.of(covariance[:, :, own, own], salience[:, :, own], damping=0.2)
+        alone = restored(keys[..., own], bits[..., own], feedback)
+        assert ((together[..., own] - alone).abs() > 1e-4).float().mean() < 1e-3  # another order of sums
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), scale=st.sampled_from([1e-12, 1.0, 1e9]), rank=st.integers(0, 8))
 def test_any_covariance_can_be_factored(seed: int, scale: float, rank: int):

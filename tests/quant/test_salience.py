@@ -1,5 +1,6 @@
 """Importance, sensitivity: worked by hand."""
 
+import pytest
 import torch
 
 from mixkvq.quant.salience import QueryStatistics, sensitivity
@@ -45,3 +46,51 @@ def test_updates_one_by_one_equal_one_update():
 def test_nothing_seen_yet_counts_as_equal_use():
     statistics = QueryStatistics(1, 1, 3, torch.device("cpu"))
     assert statistics.importance().tolist() == [[[1.0, 1.0, 1.0]]]
+
+
+def sampled(batch: int, kv_heads: int, dim: int) -> QueryStatistics:
+    return QueryStatistics(batch, kv_heads, dim, torch.device("cpu"), sample_dtype=torch.float32)
+
+
+def test_every_fourth_query_of_the_heads_in_turn_is_kept_in_a_ring():
+    # The query of token p and head h is 1000 h + p + 1; one KV head, two query heads.
+    query = (torch.arange(150.0)[None, :, None] + 1000 * torch.arange(2.0)[:, None, None] + 1)[None]
+    statistics = sampled(1, 1, 1)
+    statistics.sample(query[:, :, :9], torch.tensor([0]))  # tokens 0 to 8: of 0, 4, 8
+    assert statistics.samples[0, 0, :4, 0].tolist() == [1, 1005, 9, 0]
+    statistics.sample(query[:, :, 9:], torch.tensor([9]))  # to token 149: 128 takes the place of 0, 148 of 20
+    assert statistics.samples[0, 0, :4, 0].tolist() == [129, 1133, 137, 1141]
+    assert statistics.samples[0, 0, 5:7, 0].tolist() == [1149, 25]
+
+
+def test_samples_do_not_depend_on_how_tokens_come():
+    query, lengths = torch.randn(2, 6, 300, 8), torch.tensor([0, 7])
+    together, apart = sampled(2, 2, 8), sampled(2, 2, 8)
+    together.sample(query, lengths)
+    done = 0
+    for count in (130, 1, 3, 1, 1, 7, 150, 2, 5):
+        apart.sample(query[:, :, done : done + count], lengths + done)
+        done += count
+    assert done == 300
+    assert torch.equal(together.samples, apart.samples)
+
+
+@pytest.mark.parametrize("pad", [[0, 1, 2, 3], [150, 151], [5, 40, 41]])
+def test_padding_is_not_sampled_whatever_it_holds(pad: list[int]):
+    query, real = torch.randn(1, 4, 152, 8), torch.ones(1, 152, dtype=torch.bool)
+    query[:, :, pad], real[:, pad] = float("nan"), False
+    padded, alone = sampled(1, 2, 8), sampled(1, 2, 8)
+    padded.sample(query, torch.tensor([3]), real)
+    alone.sample(query[:, :, real[0]], torch.tensor([3]))
+    assert torch.equal(padded.samples, alone.samples)
+    assert padded.with_prompt(query, real).covariance().isfinite().all()
+
+
+def test_a_prompt_is_sampled_all_over():
+    statistics = sampled(1, 1, 4)
+    early = torch.zeros(1, 1, 8000, 4)
+    early[:, :, :4000, 1] = 1
+    statistics.sample(early, torch.tensor([0]))
+    assert statistics.covariance()[0, 0, 1, 1] == 0
+    assert statistics.with_prompt(early).covariance()[0, 0, 1, 1] == 250  # of 500 in all
+    assert statistics.with_prompt(early[:, :, :100]) is statistics

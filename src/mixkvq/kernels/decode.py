@@ -42,7 +42,7 @@ def decode_attention(
         scaling: factor of the logits.
         softcap, sinks: see :func:`mixkvq.kernels.reference.attention`.
         append: also write the new tokens into the dense slots, of which there are ``sinks + R + L`` then. Lengths stay.
-        statistics: running sums of the B sequences, to which the queries are added.
+        statistics: of the B sequences, which are brought up to date with the queries.
         kernel: "auto" is the fastest on the query's device; "torch" runs anywhere, and may wait for the device.
 
     Returns:
@@ -60,10 +60,7 @@ def decode_attention(
     if kernel not in KERNELS:
         raise ValueError(f"There is no kernel '{kernel}'. Known: auto, {', '.join(KERNELS)}.")
     options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    output = KERNELS[kernel](query, keys, values, cache, append=append, statistics=statistics, **options)
-    if statistics is not None and kernel != "torch":
-        statistics.add_products(query)
-    return output
+    return KERNELS[kernel](query, keys, values, cache, append=append, statistics=statistics, **options)
 
 
 def fastest_kernel(query: Tensor, cache: CacheTensors) -> str:
@@ -110,6 +107,7 @@ def _by_torch(
         _append(keys, values, cache)
     if statistics is not None:
         statistics.update(query)
+        statistics.sample(query, cache.lengths)
     return output
 
 

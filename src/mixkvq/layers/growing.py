@@ -14,6 +14,7 @@ from mixkvq.layers.recipe import MAX_QUANTIZED, Recipe
 from mixkvq.layers.step import Step
 from mixkvq.layers.surroundings import ordinary_tensors
 from mixkvq.policies import Policy
+from mixkvq.quant.salience import SAMPLED_EVERY, QueryStatistics
 from mixkvq.store import MemoryReport, PagedStore
 from mixkvq.store.appending import FullBlocks
 from mixkvq.store.packing import chunk_counts
@@ -52,20 +53,30 @@ class LayerCache:
     @ordinary_tensors
     def append(self, step: Step) -> None:
         """Store new tokens, and quantize the blocks that they complete."""
-        if self.statistics is not None:
-            self.statistics.update(step.query, step.real)
+        statistics = self._seen(step)
         for blocks in self.store.append(step.keys, step.values, step.real):
             size = max(1, MAX_QUANTIZED // blocks.keys[0].numel())
             for start in range(0, len(blocks.sequences), size):
                 part = slice(start, start + size)
-                self._flush(FullBlocks(blocks.keys[part], blocks.values[part], blocks.sequences[part]))
+                self._flush(FullBlocks(blocks.keys[part], blocks.values[part], blocks.sequences[part]), statistics)
 
-    def _flush(self, blocks: FullBlocks) -> None:
-        """Plan, quantize, pack."""
+    def _seen(self, step: Step) -> QueryStatistics | None:
+        """What is known of the queries, those of new tokens included, for the blocks that these complete."""
+        if self.statistics is None:
+            return None
+        lengths = self.store.lengths
+        self.statistics.update(step.query, step.real)
+        if step.length > 1 or any(length % SAMPLED_EVERY == 0 for length in lengths):
+            device = step.query.device
+            self.statistics.sample(step.query, torch.tensor(lengths, device=device), step.real)
+        return self.statistics.with_prompt(step.query, step.real)
+
+    def _flush(self, blocks: FullBlocks, seen: QueryStatistics | None) -> None:
+        """Plan, quantize, pack; ``seen`` has a row for every sequence of the batch."""
         device = blocks.keys.device
         statistics = None
-        if self.statistics is not None:
-            statistics = self.statistics.rows(torch.tensor(blocks.sequences, device=device))
+        if seen is not None:
+            statistics = seen.rows(torch.tensor(blocks.sequences, device=device))
         bits = self.recipe.plan(blocks.keys, statistics)
         if not self.recipe.packs_on(device):
             self.store.write(blocks.sequences, *self.recipe.quantize(blocks.keys, blocks.values, bits, statistics))

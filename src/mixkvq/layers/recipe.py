@@ -72,20 +72,21 @@ class Recipe:
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether sums over the queries are kept."""
-        return self.policy.uses_queries or self.needs_covariance
+        """Whether anything is kept of the queries."""
+        return self.policy.uses_queries or self.sample_dtype is not None
 
     @property
-    def needs_covariance(self) -> bool:
-        """Whether these hold the products of the queries' channels, too."""
-        return self.config.key_feedback is not None and self.config.key_bits != DENSE_BITS
+    def sample_dtype(self) -> torch.dtype | None:
+        """The type of the queries that are kept for error feedback; None without it."""
+        feeds_back = self.config.key_feedback is not None and self.config.key_bits != DENSE_BITS
+        return self.layout.dense_dtype if feeds_back else None
 
     def new_statistics(self, batch: int, device: torch.device) -> QueryStatistics | None:
         """What is kept of the queries of a batch, or None."""
         if not self.needs_statistics:
             return None
-        layout = self.layout
-        return QueryStatistics(batch, layout.kv_heads, layout.key_dim, device, covariance=self.needs_covariance)
+        heads = self.layout.kv_heads, self.layout.key_dim
+        return QueryStatistics(batch, *heads, device, sample_dtype=self.sample_dtype)
 
     def plan(self, keys: Tensor, statistics: QueryStatistics | None) -> Tensor:
         """Each channel's width, ``[N, Hkv, D]`` uint8, for blocks ``keys [N, Hkv, R, D]``, a row of statistics each."""
@@ -138,20 +139,15 @@ class Recipe:
 
     def packs_on(self, device: torch.device) -> bool:
         """Whether the kernels below run there, and have tiles for the pages; otherwise torch operations do."""
-        if not has_kernels(device) or self.layout.tokens & (self.layout.tokens - 1):
-            return False
-        from mixkvq.kernels.triton.feedback import MAX_DIM
-
-        return not self.needs_covariance or self.layout.key_dim <= MAX_DIM
+        return has_kernels(device) and not self.layout.tokens & (self.layout.tokens - 1)
 
     def check_kernels(self, device: torch.device) -> None:
         """Refuse a device with kernels that do not serve this recipe, where nothing else can pack: in CUDA graphs."""
         if has_kernels(device) and not self.packs_on(device):
             raise ValueError(
-                "On a GPU a cache of a fixed size is packed by kernels, for a residual_length that is a power of two "
-                "and, with key_feedback, heads of up to 128 channels. This one has residual_length="
-                f"{self.config.residual_length} and heads of {self.layout.key_dim}: change the configuration, or use "
-                "MixKVQCache, which packs by torch operations where it must."
+                "On a GPU a cache of a fixed size is packed by kernels, for a residual_length that is a power of two, "
+                f"not {self.config.residual_length}: change it, or use MixKVQCache, which packs by torch operations "
+                "where it must."
             )
 
     def plan_on_device(
@@ -185,7 +181,7 @@ class Recipe:
         A copy, as ``keys`` may be the model's own, unless they may change ``in_place``.
         """
         damping = self.config.key_feedback
-        if statistics is None or statistics.moment is None or damping is None:
+        if statistics is None or statistics.samples is None or damping is None:
             return keys
         keys = keys if in_place else keys.clone()
         from mixkvq.kernels.triton.feedback import move_keys
@@ -196,7 +192,7 @@ class Recipe:
             starts,
             active,
             bits,
-            statistics.moment,
+            statistics.samples,
             self.layout,
             damping=damping,
             key_clip=self.config.key_clip,

@@ -83,7 +83,7 @@ class ModelCache:
             rotated=recipe.rotated,
             chunks_per_page=recipe.chunks_per_page,
             statistics=recipe.needs_statistics,
-            covariance=recipe.needs_covariance,
+            sample_dtype=recipe.sample_dtype,
         )
         self.reset()
         old, self._recipe = self._store, recipe
@@ -226,6 +226,8 @@ class ModelCache:
         with self._turn(layer):
             if statistics is not None:
                 statistics.update(step.query, step.real)
+                statistics.sample(step.query, store.books.lengths, step.real)
+                statistics = statistics.with_prompt(step.query, step.real)
             dense = store.dense_keys[layer], store.dense_values[layer]
             if plan.pages:
                 numbers = plan.numbers + layer * store.books.pages

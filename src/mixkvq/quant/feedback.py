@@ -6,6 +6,9 @@ the errors so far ask of it. With ``H = U D U^T``, ``U`` unit upper triangular::
 
     k~_i = Q(k_i + sum over j < i of (k_j - k~_j) U_ji)
 
+Channels of large heads are cut into parts of up to 128, so that a matrix fits where it is worked on: channel ``d`` of
+a head in P parts belongs to part ``d mod P``, and its errors travel within that. (Pairs of RoPE stay together.)
+
 This is LDLQ (QuIP, arXiv 2307.13304), which gives what GPTQ (2210.17323) gives, with keys in place of weights and
 queries in place of activations. The format does not change; only what is written does.
 """
@@ -19,6 +22,14 @@ from torch import Tensor
 
 from mixkvq.quant.affine import Affine, dequantize, quantize
 from mixkvq.quant.salience import sensitivity
+
+#: Channels that a part of a head has at most.
+PART_CHANNELS = 128
+
+
+def feedback_parts(head_dim: int) -> int:
+    """Parts that the channels of a head are cut into."""
+    return -(-head_dim // PART_CHANNELS)
 
 
 class Feedback(NamedTuple):
@@ -37,16 +48,22 @@ class Feedback(NamedTuple):
     def of(cls, covariance: Tensor, salience: Tensor, damping: float) -> Feedback:
         """From ``H [N, Hkv, D, D]``, in the order of falling ``salience [N, Hkv, D]``.
 
-        ``damping`` times its mean diagonal is added to the diagonal of H. A covariance of no queries at all, which is
-        zero, leads to no feedback, and so does one that is not finite: a bad query must not spoil all keys after it.
+        ``damping`` times a part's mean diagonal is added to the diagonal of H there. A covariance of no queries at
+        all, which is zero, leads to no feedback, and so does one that is not finite: a bad query must not spoil all
+        keys after it.
         """
         order = salience.argsort(dim=-1, descending=True, stable=True)
         count = order.shape[-1]
-        sorted_rows = covariance.gather(2, order[..., None].expand(-1, -1, -1, count))
-        ordered = sorted_rows.gather(3, order[:, :, None, :].expand(-1, -1, count, -1)).float()
-        power = ordered.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        identity = torch.eye(count, device=ordered.device)
-        damped = torch.where((power > 0) & power.isfinite(), ordered / power + damping * identity, identity)
+        part = torch.arange(count, device=order.device) % feedback_parts(count)
+        together = part[:, None] == part
+        power = covariance.float().diagonal(dim1=-2, dim2=-1) @ (together / together.sum(0))
+        power = power[..., None].expand_as(covariance)
+        identity = torch.eye(count, device=order.device)
+        usable = (power > 0) & power.isfinite()
+        damped = torch.where(usable & together, covariance / power, 0) + damping * identity
+        damped = torch.where(usable, damped, identity)
+        sorted_rows = damped.gather(2, order[..., None].expand(-1, -1, -1, count))
+        damped = sorted_rows.gather(3, order[:, :, None, :].expand(-1, -1, count, -1))
         # The factor of the reversed matrix, reversed, is upper triangular.
         upper = torch.linalg.cholesky(damped.flip(-1, -2)).flip(-1, -2)
         return cls(order, upper / upper.diagonal(dim1=-2, dim2=-1)[..., None, :])

@@ -11,6 +11,13 @@ from torch import Tensor
 
 from mixkvq.quant.affine import step_size
 
+#: Of every so many tokens, one query head's query is sampled.
+SAMPLED_EVERY = 4
+#: Samples that are kept of a sequence and KV head, the newest: those of the last 128 tokens.
+KEPT_SAMPLES = 32
+#: At most so many samples of a prompt serve the blocks that it completes.
+PROMPT_SAMPLES = 512
+
 
 def sensitivity(keys: Tensor, group: int, bits: int) -> Tensor:
     """``S_d``: the step a channel would have at ``bits`` bits, averaged over the groups of tokens in the block.
@@ -28,29 +35,37 @@ def sensitivity(keys: Tensor, group: int, bits: int) -> Tensor:
 
 
 class QueryStatistics:
-    """``I_d = mean |Q[i, d]|`` over the queries of a KV head's group, and if asked for ``H = mean q q^T``.
+    """``I_d = mean |Q[i, d]|`` over the queries of a KV head's group, and if asked for, samples of recent queries.
 
-    Both are kept as running sums. Old queries are never read again. Padding queries do not count. One row a sequence
-    of the batch.
+    The means are kept as running sums: old queries are never read again. Samples are for ``H = E[q q^T]``, which would
+    be D x D numbers to read and to write at every token. Padding queries do not count. One row a sequence of the batch.
 
     Attributes:
         total: ``[B, Hkv, D]`` float32, sums of ``|q|``.
         count: ``[B]`` float32, how many (token, head) pairs each sum has.
-        moment: ``[B, Hkv, D, D]`` float32, sums of ``q q^T``, or None.
+        samples: ``[B, Hkv, S, D]`` queries, zeros where none was kept yet, or None.
     """
 
     def __init__(
-        self, batch: int, kv_heads: int, head_dim: int, device: torch.device, *, covariance: bool = False
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        *,
+        sample_dtype: torch.dtype | None = None,
     ) -> None:
         self.total = torch.zeros(batch, kv_heads, head_dim, dtype=torch.float32, device=device)
         self.count = torch.zeros(batch, dtype=torch.float32, device=device)
-        self.moment = self.total.new_zeros(batch, kv_heads, head_dim, head_dim) if covariance else None
+        self.samples: Tensor | None = None
+        if sample_dtype is not None:
+            self.samples = self.total.new_zeros(batch, kv_heads, KEPT_SAMPLES, head_dim, dtype=sample_dtype)
 
     @classmethod
-    def of(cls, total: Tensor, count: Tensor, moment: Tensor | None = None) -> QueryStatistics:
-        """Statistics that live in tensors of somebody else's, where :meth:`update` adds to them."""
+    def of(cls, total: Tensor, count: Tensor, samples: Tensor | None = None) -> QueryStatistics:
+        """Statistics that live in tensors of somebody else's, where they are kept up to date."""
         statistics = cls.__new__(cls)
-        statistics.total, statistics.count, statistics.moment = total, count, moment
+        statistics.total, statistics.count, statistics.samples = total, count, samples
         return statistics
 
     def update(self, query: Tensor, real: Tensor | None = None) -> None:
@@ -65,14 +80,44 @@ class QueryStatistics:
             self.count += real.sum(1) * group
         per_head = query.abs().sum(2, dtype=torch.float32)
         self.total += per_head.unflatten(1, (kv_heads, group)).sum(2)
-        self.add_products(query)
 
-    def add_products(self, query: Tensor) -> None:
-        """Add queries ``[B, Hq, L, D]`` to :attr:`moment` alone, where a kernel has seen to the rest."""
-        if self.moment is None:
+    def sample(self, query: Tensor, lengths: Tensor, real: Tensor | None = None) -> None:
+        """Keep samples of queries ``[B, Hq, L, D]`` of tokens that follow ``lengths [B]`` earlier ones of theirs.
+
+        Token ``p`` of a sequence is sampled if 4 divides it: sample ``s = p / 4`` is the query of head ``s`` modulo
+        the heads of the group, and takes the place of sample ``s - 32``.
+        """
+        if self.samples is None:
             return
-        rows = query.unflatten(1, (self.total.shape[1], -1)).flatten(2, 3).float()
-        self.moment += rows.transpose(2, 3) @ rows
+        batch, heads, length, _ = query.shape
+        kv_heads, kept = self.samples.shape[1:3]
+        if real is None:
+            real = torch.ones(batch, length, dtype=torch.bool, device=query.device)
+        seen = real.cumsum(1)
+        newest = (lengths + seen[:, -1] - 1).long().div(SAMPLED_EVERY, rounding_mode="floor")[:, None]
+        slot = torch.arange(kept, device=query.device)
+        number = newest - (newest - slot) % kept
+        place = number * SAMPLED_EVERY - lengths[:, None]
+        column = torch.searchsorted(seen, place + 1).clamp(max=length - 1)
+        rows = torch.arange(batch, device=query.device)[:, None]
+        grouped = query.unflatten(1, (kv_heads, -1))
+        found = grouped[rows, :, number % grouped.shape[2], column].transpose(1, 2)
+        self.samples.copy_(torch.where((place >= 0)[:, None, :, None], found, self.samples))
+
+    def with_prompt(self, query: Tensor, real: Tensor | None = None) -> QueryStatistics:
+        """These, for the blocks that a prompt ``query [B, Hq, L, D]`` completes: with samples from all over it, too."""
+        length = query.shape[2]
+        if self.samples is None or length <= KEPT_SAMPLES * SAMPLED_EVERY:
+            return self
+        every = SAMPLED_EVERY * -(-length // (SAMPLED_EVERY * PROMPT_SAMPLES))
+        grouped = query.unflatten(1, (self.samples.shape[1], -1))
+        column = torch.arange(0, length, every, device=query.device)
+        head = torch.arange(len(column), device=query.device) % grouped.shape[2]
+        found = grouped[:, :, head, column]
+        if real is not None:
+            found = torch.where(real[:, None, column, None], found, 0)
+        samples = torch.cat([self.samples, found.to(self.samples.dtype)], 2)
+        return QueryStatistics.of(self.total, self.count, samples)
 
     def importance(self) -> Tensor:
         """``I_d [B, Hkv, D]``; ones where no query was seen yet."""
@@ -80,19 +125,22 @@ class QueryStatistics:
         return torch.where(count > 0, self.total / count.clamp(min=1), 1.0)
 
     def covariance(self) -> Tensor | None:
-        """``H [B, Hkv, D, D]``, zeros where no query was seen yet; None if it is not kept."""
-        return None if self.moment is None else self.moment / self.count[:, None, None, None].clamp(min=1)
+        """``H [B, Hkv, D, D]`` of the samples, up to a factor; zeros where there is none yet. None without samples."""
+        if self.samples is None:
+            return None
+        samples = self.samples.float()
+        return samples.transpose(2, 3) @ samples
 
     def rows(self, rows: Tensor) -> QueryStatistics:
         """A copy of the given batch rows, in that order, repeats allowed."""
-        moment = None if self.moment is None else self.moment[rows]
-        return QueryStatistics.of(self.total[rows], self.count[rows], moment)
+        samples = None if self.samples is None else self.samples[rows]
+        return QueryStatistics.of(self.total[rows], self.count[rows], samples)
 
     def part(self, start: int, stop: int) -> QueryStatistics:
         """Neighbouring batch rows, which stay these: what is added to the part is added here."""
-        moment = None if self.moment is None else self.moment[start:stop]
-        return QueryStatistics.of(self.total[start:stop], self.count[start:stop], moment)
+        samples = None if self.samples is None else self.samples[start:stop]
+        return QueryStatistics.of(self.total[start:stop], self.count[start:stop], samples)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is held."""
-        return [tensor for tensor in (self.total, self.count, self.moment) if tensor is not None]
+        return [tensor for tensor in (self.total, self.count, self.samples) if tensor is not None]

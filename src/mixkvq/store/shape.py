@@ -26,8 +26,8 @@ class StaticShape:
         sinks: tokens of each sequence that are never quantized.
         rotated: whether values are rotated before they are stored.
         chunks_per_page: by promoted width, if the same for all pages; None where data decides.
-        statistics: whether sums of queries are kept.
-        covariance: whether these hold the products of their channels, too.
+        statistics: whether anything is kept of the queries.
+        sample_dtype: the type of samples of them; None without.
     """
 
     layout: PageLayout
@@ -37,7 +37,7 @@ class StaticShape:
     rotated: bool
     chunks_per_page: dict[int, int] | None
     statistics: bool
-    covariance: bool = False
+    sample_dtype: torch.dtype | None = None
 
     def chunk_room(self, pages: int, shares: dict[int, float]) -> dict[int, int]:
         """Chunks to allocate for ``pages`` pages a layer, by promoted width; ``shares`` where data decides."""

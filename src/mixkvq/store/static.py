@@ -58,7 +58,7 @@ class StaticStore:
         self.all_statistics: QueryStatistics | None = None
         if shape.statistics:
             heads = layout.kv_heads, layout.key_dim
-            self.all_statistics = QueryStatistics(layers * batch, *heads, device, covariance=shape.covariance)
+            self.all_statistics = QueryStatistics(layers * batch, *heads, device, sample_dtype=shape.sample_dtype)
         self.books = Books(batch, pages, shape.sinks, layout.tokens, device)
         self._make_orders(device)
         self._tensors: dict[int, CacheTensors] = {}

@@ -39,6 +39,7 @@ struct Arguments {
     u16 *dense_keys, *dense_values;
     const float* model_sinks;
     float *total, *count;
+    u16* samples;
     float *part_sums, *part_stats;
     int* tickets;
     long long query_strides[3], key_strides[3], value_strides[3], dense_strides[2];

@@ -44,6 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     if (part == 0) {
         attend_dense(a, rows, lengths.dense, memory.dense, sums, stats);
         add_statistics(a, rows);
+        keep_samples(a, rows);
     } else {
         const int begin = (part - 1) * share, end = min(begin + share, lengths.pages);
         attend_packed(a, rows, begin, end, memory.packed, sums + (long long)part * ROWS * HEAD_DIM, stats + part * ROWS * 2);

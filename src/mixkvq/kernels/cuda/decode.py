@@ -14,7 +14,7 @@ from mixkvq.kernels.cuda.module import load_kernel
 from mixkvq.kernels.device import multiprocessors
 from mixkvq.kernels.tickets import tickets
 from mixkvq.quant.block import DENSE_BITS
-from mixkvq.quant.salience import QueryStatistics
+from mixkvq.quant.salience import KEPT_SAMPLES, SAMPLED_EVERY, QueryStatistics
 from mixkvq.store.layout import PageLayout
 from mixkvq.store.tensors import CacheTensors
 
@@ -48,7 +48,8 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "query", "new_keys", "new_values", "output", "pages", "chunks4", "chunks16", "table", "lengths",
-            "dense_keys", "dense_values", "model_sinks", "total", "count", "part_sums", "part_stats", "tickets",
+            "dense_keys", "dense_values", "model_sinks", "total", "count", "samples",
+            "part_sums", "part_stats", "tickets",
         )),
         ("query_strides", ctypes.c_longlong * 3),
         ("key_strides", ctypes.c_longlong * 3),
@@ -170,11 +171,11 @@ def decode_attention(
     sums = torch.empty(batch * heads_grid * parts * rows * dim, dtype=torch.float32, device=query.device)
     stats = torch.empty(batch * heads_grid * parts * rows * 2, dtype=torch.float32, device=query.device)
     sinks = sinks if sinks is None else sinks.float().contiguous()
-    total, count = (statistics.total, statistics.count) if statistics is not None else (None, None)
+    seen = (statistics.total, statistics.count, statistics.samples) if statistics is not None else (None, None, None)
     arguments = Arguments(
         *(_address(x) for x in (
             query, keys, values, output, cache.pages, cache.chunks.get(4), cache.chunks.get(DENSE_BITS), cache.table,
-            cache.lengths, cache.dense_keys, cache.dense_values, sinks, total, count, sums, stats,
+            cache.lengths, cache.dense_keys, cache.dense_values, sinks, *seen, sums, stats,
             tickets(query.device, batch * heads_grid),
         )),
         query.stride()[:3],
@@ -245,6 +246,8 @@ def kernel_macros(
         "TOKENS": TOKENS,
         "STAGED_CHUNKS": STAGED_CHUNKS,
         "MAX_PARTS": MAX_PARTS,
+        "KEPT_SAMPLES": KEPT_SAMPLES,
+        "SAMPLED_EVERY": SAMPLED_EVERY,
         "BLOCKS_PER_MULTIPROCESSOR": resident_blocks(layout, row_tiles),
     }
     for field in ("key_plane_0", "key_plane_1", "key_scale", "key_zero"):

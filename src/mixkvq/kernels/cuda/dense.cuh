@@ -136,6 +136,19 @@ __device__ void attend_dense(const Arguments& a, const Rows& rows, int count, De
     }
 }
 
+// The queries that are sampled, of the new tokens.
+__device__ void keep_samples(const Arguments& a, const Rows& rows) {
+    if (!a.samples || rows.first > 0) return;
+    u16* ring = a.samples + (rows.batch * KV_HEADS + rows.head) * KEPT_SAMPLES * HEAD_DIM;
+    for (int token = 0; token < a.length; ++token) {
+        const int position = a.lengths[rows.batch] + token, number = position / SAMPLED_EVERY;
+        if (position % SAMPLED_EVERY) continue;
+        const u16* query = a.query + rows.batch * a.query_strides[0] +
+                           (rows.head * a.group + number % a.group) * a.query_strides[1] + token * a.query_strides[2];
+        for (int d = threadIdx.x; d < HEAD_DIM; d += THREADS) ring[number % KEPT_SAMPLES * HEAD_DIM + d] = query[d];
+    }
+}
+
 // Running sums of |q| over the group's heads and the new tokens.
 __device__ void add_statistics(const Arguments& a, const Rows& rows) {
     if (!a.total || rows.first > 0) return;

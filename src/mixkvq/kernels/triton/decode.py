@@ -60,7 +60,7 @@ def decode_attention(
     output = torch.empty(batch, heads, length, layout.value_dim, dtype=query.dtype, device=query.device)
     states = torch.empty(places, 2, rows, dtype=torch.float32, device=query.device)
     sums = torch.empty(places, rows, layout.value_dim, dtype=torch.float32, device=query.device)
-    total, count = (statistics.total, statistics.count) if statistics is not None else (None, None)
+    seen = (statistics.total, statistics.count, statistics.samples) if statistics is not None else (None, None, None)
     rotated = layout.value_dim & -layout.value_dim if cache.rotated else 1
 
     with torch.cuda.device_of(query):
@@ -80,8 +80,7 @@ def decode_attention(
             states,
             sums,
             tickets(query.device, batch * groups * (1 + triton.cdiv(splits, team))),
-            total,
-            count,
+            *seen,
             scaling,
             softcap if softcap is not None else 1.0,
             query.stride()[:3],

@@ -14,7 +14,7 @@ from mixkvq.kernels.triton.dense import append_tokens, attend_dense
 from mixkvq.kernels.triton.merge import is_last, joined, leave, merged, normalized, rotated_back
 from mixkvq.kernels.triton.pages import attend_pages
 from mixkvq.kernels.triton.softmax import logit_factor
-from mixkvq.kernels.triton.statistics import add_magnitudes
+from mixkvq.kernels.triton.statistics import KEPT_SAMPLES, add_magnitudes, keep_samples
 
 
 # The stride follows the length of the context: nothing is to be compiled again when that grows.
@@ -36,6 +36,7 @@ def decode_kernel(
     tickets,
     statistics_total,
     statistics_count,
+    statistics_samples,
     scaling,
     cap,
     query_strides,
@@ -135,6 +136,11 @@ def decode_kernel(
             if head == 0:
                 counted = tl.load(statistics_count + sequence)
                 tl.store(statistics_count + sequence, counted + group * length)
+            if statistics_samples is not None:
+                ring = statistics_samples + (sequence * kv_heads + head) * KEPT_SAMPLES * F.key_dim
+                keep_samples(
+                    ring, heads, query_strides[1], query_strides[2], stored, group, length, F.key_dim, KEY_CHANNELS
+                )
     else:
         first = (split - 1) * share
         last = tl.minimum(first + share, blocks)

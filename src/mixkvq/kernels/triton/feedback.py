@@ -12,12 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from mixkvq.kernels.triton.affine import nearest, quantize
+from mixkvq.kernels.triton.codes import product
 from mixkvq.kernels.triton.format import TRITON_TYPES, page_format
 from mixkvq.quant.block import DENSE_BITS
+from mixkvq.quant.feedback import feedback_parts
 from mixkvq.store.layout import PageLayout
 
-#: The largest head whose matrix a program can hold in registers.
-MAX_DIM = 128
+#: Samples that are read at once.
+SAMPLES = tl.constexpr(32)
 DENSE = tl.constexpr(DENSE_BITS)
 
 
@@ -27,7 +29,7 @@ def move_keys(
     starts: Tensor,
     active: Tensor,
     bits: Tensor,
-    moment: Tensor,
+    samples: Tensor,
     layout: PageLayout,
     *,
     damping: float,
@@ -41,32 +43,34 @@ def move_keys(
         rows, starts: ``[N]`` int32, each block's row of ``keys`` and its first token.
         active: ``[N]`` int32, 0 leaves a block alone.
         bits: ``[N, Hkv, D]`` uint8, planned widths.
-        moment: ``[X, Hkv, D, D]`` float32, the rows' sums of ``q q^T``; a factor changes nothing.
+        samples: ``[X, Hkv, S, D]``, the rows' sampled queries.
         damping, key_clip, key_unbiased: as in :class:`~mixkvq.config.MixKVQConfig`.
 
     Raises:
-        ValueError: heads of more than 128 channels, or ``layout.tokens`` is no power of two.
+        ValueError: ``layout.tokens`` is no power of two.
     """
-    if layout.key_dim > MAX_DIM:
-        raise ValueError(f"Feedback on a GPU takes heads of up to {MAX_DIM} channels, not {layout.key_dim}.")
     form = page_format(
         layout, key_clip=key_clip, key_unbiased=key_unbiased, value_clip=False, value_unbiased=False, rotated=False
     )
     if not len(rows):
         return
-    channels = max(16, triton.next_power_of_2(layout.key_dim))
+    parts = feedback_parts(layout.key_dim)
+    channels = max(16, triton.next_power_of_2(triton.cdiv(layout.key_dim, parts)))
     with torch.cuda.device_of(keys):
-        _move[(len(rows) * layout.kv_heads,)](
+        _move[(len(rows) * layout.kv_heads, parts)](
             keys,
             *keys.stride()[:3],
             rows,
             starts,
             active,
             bits,
-            moment,
+            samples,
+            samples.stride()[:3],
+            samples.shape[2],
             damping,
             TRITON_TYPES[keys.dtype],
             channels,
+            parts,
             form.keys,
             form,
             num_warps=8 if channels * max(channels, layout.tokens) > 64 * 64 else 4,
@@ -83,55 +87,59 @@ def _move(
     starts,
     active,
     bits,
-    moment,
+    samples,
+    sample_strides,
+    sample_count,
     damping,
     DTYPE: tl.constexpr,
     CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
     side: tl.constexpr,
     form: tl.constexpr,
 ):
-    """A program moves one head of one block: its inverse ``[D, D]`` and its keys ``[D, R]`` stay in registers."""
+    """A program moves one part of a head of one block: its inverse ``[D, D]`` and keys ``[D, R]`` stay in registers."""
     block, head = tl.program_id(0) // form.heads, tl.program_id(0) % form.heads
     if tl.load(active + block) == 0:
         return
     row, start = tl.load(rows + block).to(tl.int64), tl.load(starts + block).to(tl.int64)
-    channel, token = tl.arange(0, CHANNELS), tl.arange(0, form.tokens)
+    part, number, token = tl.program_id(1), tl.arange(0, CHANNELS), tl.arange(0, form.tokens)
+    # Contiguous where that is known: tiles that are loaded in vectors keep the whole program within its registers.
+    channel = number if PARTS == 1 else number * PARTS + part
     inside = channel < side.dim
     place = keys + row * key_row + head.to(tl.int64) * key_head + start * key_token
     tile = place + channel[:, None] + token[None, :] * key_token
     x = tl.load(tile, mask=inside[:, None], other=0.0).to(tl.float32)
     width = tl.load(bits + (block * form.heads + head) * side.dim + channel, mask=inside, other=DENSE).to(tl.int32)
 
-    products = moment + (row * form.heads + head) * side.dim * side.dim
-    both = inside[:, None] & inside[None, :]
-    matrix = tl.load(products + channel[:, None] * side.dim + channel[None, :], mask=both, other=0.0)
-    diagonal = channel[:, None] == channel[None, :]
+    sampled = samples + row * sample_strides[0] + head.to(tl.int64) * sample_strides[1] + channel
+    matrix = products(sampled, sample_strides[2], sample_count, inside, CHANNELS)
+    diagonal = number[:, None] == number[None, :]
     powers = tl.sum(tl.where(diagonal, matrix, 0.0), axis=1)
     score = tl.where(inside, tl.sqrt(tl.maximum(powers, 0.0)) * steps(x, side, form), -1.0)
     score = tl.where(score == score, score, 0.0)  # NaN would never be chosen
     score = tl.where(inside & (width == DENSE), float("inf"), score)
-    power = tl.sum(powers) / side.dim
+    COUNT: tl.constexpr = (side.dim + PARTS - 1) // PARTS
+    power = tl.sum(powers) / COUNT
     if not ((power > 0) & (power < float("inf"))):
         return
-    matrix = tl.where(both, matrix / power, 0.0)
-    matrix += tl.where(diagonal, tl.where(inside, damping, 1.0)[:, None], 0.0)
-    matrix = inverse(matrix, channel, side.dim)
+    matrix = matrix / power + tl.where(diagonal, tl.where(inside, damping, 1.0)[:, None], 0.0)
+    matrix = inverse(matrix, number, COUNT)
 
-    for _ in range(side.dim):
+    for _ in range(COUNT):
         chosen = tl.argmax(score, axis=0)
-        picked = channel == chosen
+        picked = number == chosen
         score = tl.where(picked, -2.0, score)
         bits_here = tl.sum(tl.where(picked, width, 0))
         weights = tl.sum(tl.where(picked[:, None], matrix, 0.0), axis=0)
         shares = weights / tl.sum(tl.where(picked, weights, 0.0))
         if bits_here != DENSE:
             # What is stored is what is packed, so the error is that of the stored number.
-            number = nearest(tl.sum(tl.where(picked[:, None], x, 0.0), axis=0), DTYPE)
-            tl.store(place + chosen + token * key_token, number.to(DTYPE))
+            key = nearest(tl.sum(tl.where(picked[:, None], x, 0.0), axis=0), DTYPE)
+            tl.store(place + chosen * PARTS + part + token * key_token, key.to(DTYPE))
             levels = tl.full([1, 1, 1], 1, tl.int32) << bits_here
-            grouped = tl.reshape(number, [1, side.groups, side.group])
+            grouped = tl.reshape(key, [1, side.groups, side.group])
             codes, scale, zero = quantize(grouped, (levels - 1).to(tl.float32), inside, 2, False, side, form)
-            error = number - tl.reshape(codes * scale + zero, [form.tokens])
+            error = key - tl.reshape(codes * scale + zero, [form.tokens])
             x -= shares[:, None] * error[None, :]
         matrix -= weights[:, None] * shares[None, :]
 
@@ -145,10 +153,22 @@ def steps(x, side: tl.constexpr, form: tl.constexpr):
 
 
 @triton.jit
-def inverse(matrix, channel, COUNT: tl.constexpr):
-    """Of a positive definite matrix, by sweeping one channel after the other."""
+def products(samples, stride, count, inside, CHANNELS: tl.constexpr):
+    """``H [CHANNELS, CHANNELS]`` up to a factor, of ``count`` rows to which ``samples`` points, channel by channel."""
+    total = tl.zeros([CHANNELS, CHANNELS], tl.float32)
+    for first in range(0, count, SAMPLES):
+        sample = first + tl.arange(0, SAMPLES)
+        mask = (sample < count)[:, None] & inside[None, :]
+        q = tl.load(samples[None, :] + sample[:, None] * stride, mask=mask, other=0.0)
+        total = product(tl.trans(q), q, total)
+    return total
+
+
+@triton.jit
+def inverse(matrix, number, COUNT: tl.constexpr):
+    """Of a positive definite matrix, by sweeping its first ``count`` rows, which are numbered, one after the other."""
     for i in range(COUNT):
-        here = channel == i
+        here = number == i
         line = tl.sum(tl.where(here[:, None], matrix, 0.0), axis=0)
         pivot = tl.sum(tl.where(here, line, 0.0))
         scaled = line / pivot
