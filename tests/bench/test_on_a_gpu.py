@@ -41,9 +41,9 @@ def test_generate_counts_flushes(model):
 
 def test_capacity_is_what_fits(model, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(decoding, "FLUSHED", 1 << 20)  # what tuning holds would be most of so little memory
-    memory = weight_bytes(model) + 2**28  # fifty sequences in 16 bits
+    memory = weight_bytes(model) + 2**30  # fifty sequences in 16 bits, and much beside what a CUDA graph takes
     before = torch.cuda.memory_reserved()
-    rows = bench_capacity(model, 20_000, {"default": CACHES["default"]}, memory=before + memory, steps=4)
+    rows = bench_capacity(model, 80_000, {"default": CACHES["default"]}, memory=before + memory, steps=4)
     assert rows[0].kernel == "Triton split-KV"
     assert rows[1].batch > rows[0].batch, rows
     assert all(row.peak_bytes <= before + memory for row in rows), (before, memory, rows)

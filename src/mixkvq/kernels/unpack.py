@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mixkvq.quant.affine import dequantize
+from mixkvq.quant.affine import dequantize, symmetric_zero
 from mixkvq.quant.block import DENSE_BITS
 from mixkvq.quant.planes import join_planes, plane_widths, unpack
 from mixkvq.store.view import ChunkSlice, PageSlice
@@ -48,7 +48,9 @@ def stored_values(pages: PageSlice) -> Tensor:
         return fields["values"].float()
     codes = _codes(fields, "value_plane", layout.value_bits, dim=-1)
     grouped = codes.unflatten(2, (layout.value_groups, -1))
-    values = dequantize(grouped, fields["value_scale"].unsqueeze(3), fields["value_zero"].unsqueeze(3))
+    scale = fields["value_scale"]
+    zero = symmetric_zero(scale, layout.value_bits) if layout.value_symmetric else fields["value_zero"]
+    values = dequantize(grouped, scale.unsqueeze(3), zero.unsqueeze(3))
     return values.flatten(2, 3).transpose(2, 3)
 
 

@@ -35,6 +35,7 @@ def page_layout(
         promoted_bits=policy.promoted_bits,
         param_dtype=config.param_dtype,
         dense_dtype=dtype,
+        value_symmetric=config.value_symmetric,
     )
 
 
@@ -122,6 +123,7 @@ class Recipe:
                 groups=self.layout.value_groups,
                 clip=config.value_clip,
                 unbiased=config.value_unbiased,
+                symmetric=config.value_symmetric,
                 rotation=self.rotated,
                 param_dtype=config.param_dtype,
             ),

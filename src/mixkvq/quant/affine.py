@@ -11,6 +11,11 @@ For a group ``x`` and ``b`` bits (method section "Preliminaries" of arXiv 2512.1
 make up for that rounding. A constant group has ``scale = 0`` and comes back exactly, if
 the storage type holds its value (float16 holds all bfloat16 numbers of magnitude 2^-14 to 65504).
 
+**Symmetric**: for groups with a mean near 0, no zero needs to be stored::
+
+    scale = 2 max |x| / (2^b - 1)
+    zero  = -(2^b - 1) / 2 * scale
+
 **Clipping**: a smaller range costs the extremes and serves the rest; the range with the least squared error is taken.
 
 **Unbiased scale**: what quantization with the least squared error gives back is shrunk towards the group's mean, by
@@ -28,6 +33,8 @@ from torch import Tensor
 
 #: How far the range of a group is shrunk about its midpoint when a better clipping range is searched.
 CLIP_FACTORS = (1.0, 0.92, 0.84, 0.76, 0.68)
+#: The same about 0, for symmetric groups: with few codes the best range ends well below the largest of many numbers.
+SYMMETRIC_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 #: Bounds of the stretch that undoes shrinkage: a group far outside them is degenerate, not shrunk.
 GAINS = (0.5, 2.0)
 
@@ -50,6 +57,7 @@ def quantize(
     *,
     clip: bool = False,
     unbiased: bool = False,
+    symmetric: bool = False,
     param_dtype: torch.dtype = torch.float32,
 ) -> Affine:
     """Quantize groups that lie along the last dimension.
@@ -57,8 +65,10 @@ def quantize(
     Args:
         x: ``[..., G]``, groups of ``G`` numbers.
         bits: 1 to 8, or an integer tensor that broadcasts against ``[..., 1]`` with a width for every group.
-        clip: choose, per group, the range among :data:`CLIP_FACTORS` with the least squared error.
+        clip: choose, per group, the range among :data:`CLIP_FACTORS` (or :data:`SYMMETRIC_FACTORS`) with the least
+            squared error.
         unbiased: stretch scale and zero about the group's mean, so that the result is not shrunk.
+        symmetric: ``zero`` is what :func:`symmetric_zero` makes of ``scale``.
         param_dtype: the type in which scales and zeros will be stored.
 
     Returns:
@@ -66,6 +76,8 @@ def quantize(
     """
     x = x.float()
     levels = _levels(bits, x.device)
+    if symmetric:
+        return _quantize_symmetric(x, levels, clip=clip, unbiased=unbiased, dtype=param_dtype)
     low, high = x.aminmax(dim=-1, keepdim=True)
     q = _quantize_range(x, low, high, levels, param_dtype)
     if clip:
@@ -73,16 +85,46 @@ def quantize(
     return _stretch(x, q, param_dtype) if unbiased else q
 
 
+def symmetric_zero(scale: Tensor, bits: int | Tensor) -> Tensor:
+    """The zero of symmetric groups, ``-(2^bits - 1) / 2 * scale`` in float32."""
+    return -0.5 * _levels(bits, scale.device) * scale.float()
+
+
+def _quantize_symmetric(x: Tensor, levels: Tensor, *, clip: bool, unbiased: bool, dtype: torch.dtype) -> Affine:
+    top = x.abs().amax(-1, keepdim=True)
+    best = _quantize_about_0(x, top, levels, dtype)
+    best_error = _squared_error(x, best)
+    for factor in SYMMETRIC_FACTORS[1:] if clip else ():
+        best, best_error = _better(x, best, best_error, _quantize_about_0(x, factor * top, levels, dtype))
+    if not unbiased:
+        return best
+    power = x.square().sum(-1, keepdim=True)
+    overlap = (x * dequantize(*best)).sum(-1, keepdim=True)
+    gain = torch.where(overlap > 0, power / overlap, 1.0).clamp(*GAINS)
+    scale = torch.where(best.scale > 0, storable(best.scale * gain, dtype), best.scale)
+    return Affine(best.codes, scale, -0.5 * levels * scale)
+
+
+def _quantize_about_0(x: Tensor, top: Tensor, levels: Tensor, dtype: torch.dtype) -> Affine:
+    scale = storable(2 * top / levels, dtype)
+    return _encode(x, scale, -0.5 * levels * scale, levels)
+
+
 def _search_clip(x: Tensor, low: Tensor, high: Tensor, levels: Tensor, best: Affine, dtype: torch.dtype) -> Affine:
     best_error = _squared_error(x, best)
     middle, half = (low + high) / 2, (high - low) / 2
     for factor in CLIP_FACTORS[1:]:
         candidate = _quantize_range(x, middle - factor * half, middle + factor * half, levels, dtype)
-        error = _squared_error(x, candidate)
-        better = error < best_error
-        best = Affine(*(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True)))
-        best_error = torch.where(better, error, best_error)
+        best, best_error = _better(x, best, best_error, candidate)
     return best
+
+
+def _better(x: Tensor, best: Affine, best_error: Tensor, candidate: Affine) -> tuple[Affine, Tensor]:
+    """The one with the smaller error, group by group, and that."""
+    error = _squared_error(x, candidate)
+    better = error < best_error
+    chosen = Affine(*(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True)))
+    return chosen, torch.where(better, error, best_error)
 
 
 def _stretch(x: Tensor, q: Affine, dtype: torch.dtype) -> Affine:
@@ -119,7 +161,10 @@ def _levels(bits: int | Tensor, device: torch.device) -> Tensor:
 def _quantize_range(x: Tensor, low: Tensor, high: Tensor, levels: Tensor, dtype: torch.dtype) -> Affine:
     zero = _round_down(low, dtype)
     # `zero` was rounded down, so the range never turns negative and its top stays reachable.
-    scale = storable((high - zero) / levels, dtype)
+    return _encode(x, storable((high - zero) / levels, dtype), zero, levels)
+
+
+def _encode(x: Tensor, scale: Tensor, zero: Tensor, levels: Tensor) -> Affine:
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     codes = ((x - zero) * inverse).round_().clamp_(min=0).minimum(levels)
     return Affine(codes.to(torch.uint8), scale, zero)

@@ -13,8 +13,8 @@ from mixkvq.quant.affine import step_size
 
 #: Of every so many tokens, one query head's query is sampled.
 SAMPLED_EVERY = 4
-#: Samples that are kept of a sequence and KV head, the newest: those of the last 128 tokens.
-KEPT_SAMPLES = 32
+#: Samples that are kept of a sequence and KV head, the newest: those of the last 512 tokens.
+KEPT_SAMPLES = 128
 #: At most so many samples of a prompt serve the blocks that it completes.
 PROMPT_SAMPLES = 512
 
@@ -85,7 +85,7 @@ class QueryStatistics:
         """Keep samples of queries ``[B, Hq, L, D]`` of tokens that follow ``lengths [B]`` earlier ones of theirs.
 
         Token ``p`` of a sequence is sampled if 4 divides it: sample ``s = p / 4`` is the query of head ``s`` modulo
-        the heads of the group, and takes the place of sample ``s - 32``.
+        the heads of the group, and takes the place of sample ``s - 128``.
         """
         if self.samples is None:
             return

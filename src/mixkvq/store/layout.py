@@ -6,7 +6,8 @@ A **page** holds a block of R tokens of all KV heads of one layer, as one run of
   ``[Hkv, R / G, D]``. The scale is that of the *base planes*: a promoted channel's extra planes count in units of
   ``scale / 2**extra_bits``, so reading the base planes takes no knowledge of tiers. A dense channel has scale and
   zero 0 and contributes nothing here.
-* values: one plane of ``[Hkv, D, words]`` words per 2 bits, tokens innermost; scale and zero ``[Hkv, groups, R]``.
+* values: one plane of ``[Hkv, D, words]`` words per 2 bits, tokens innermost; scale and zero ``[Hkv, groups, R]``, or
+  scale alone where groups are symmetric.
 * per promoted width: the run of **chunks** that holds its channels, and the first lane of every head in that run.
 
 A chunk holds some promoted channels, its **lanes**: each lane's channel number and either the planes of the extra low
@@ -88,6 +89,7 @@ class PageLayout:
         tokens: R, tokens of a page.
         key_bits, key_group: base width of keys and tokens per key scale.
         value_bits, value_groups: width of values and parts of a value vector with a scale each.
+        value_symmetric: no zeros are stored for these.
         promoted_bits: widths above ``key_bits`` that single channels can have.
         param_dtype: type of scales and zeros.
         dense_dtype: type of everything that is not quantized: the model's own.
@@ -105,6 +107,7 @@ class PageLayout:
     promoted_bits: tuple[int, ...]
     param_dtype: torch.dtype
     dense_dtype: torch.dtype
+    value_symmetric: bool = False
 
     @cached_property
     def page(self) -> Record:
@@ -177,11 +180,8 @@ class PageLayout:
             )
             for i, width in enumerate(plane_widths(self.value_bits))
         ]
-        return [
-            *planes,
-            Field("value_scale", "value scales", self.param_dtype, params),
-            Field("value_zero", "value scales", self.param_dtype, params),
-        ]
+        names = ("value_scale",) if self.value_symmetric else ("value_scale", "value_zero")
+        return [*planes, *(Field(name, "value scales", self.param_dtype, params) for name in names)]
 
     def _run_fields(self) -> list[Field]:
         return [

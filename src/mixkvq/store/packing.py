@@ -63,7 +63,8 @@ def _page_fields(layout: PageLayout, keys: QuantizedKeys, values: QuantizedValue
         for i, plane in enumerate(split_planes(values.codes.transpose(2, 3), layout.value_bits)):
             yield f"value_plane_{i}", pack(plane, plane_widths(layout.value_bits)[i], dim=-1)
         yield "value_scale", values.scale.transpose(2, 3)
-        yield "value_zero", values.zero.transpose(2, 3)
+        if not layout.value_symmetric:
+            yield "value_zero", values.zero.transpose(2, 3)
 
 
 def _write_lanes(

@@ -107,7 +107,7 @@ struct Lengths {
 // What a warp keeps of the page that it works on: small fields, copied a page ahead, and what its threads exchange.
 struct WarpMemory {
     alignas(16) u8 key_params[2][KEY_PARAM_BYTES];  // scales, zeros
-    u8 value_params[2][VALUE_PARAM_BYTES];
+    u8 value_params[VALUE_SYMMETRIC ? 1 : 2][VALUE_PARAM_BYTES];
     u8 value_planes[VALUE_BITS / 2][VALUE_PLANE_BYTES];
     u8 chunks[LANES4 ? STAGED_CHUNKS : 2][STAGED_BYTES];
     union {

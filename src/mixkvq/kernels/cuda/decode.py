@@ -128,7 +128,7 @@ def shared_bytes(layout: PageLayout, sinks: int, row_tiles: int) -> int:
     """``sizeof(Memory)`` of ``common.cuh``, known before anything is compiled."""
     rows, dim, groups = TILE_ROWS * row_tiles, layout.key_dim, layout.tokens // layout.key_group
     low_bits = layout.chunks.get(4)
-    params = 2 * 2 * (groups * dim + layout.value_groups * TOKENS)
+    params = 2 * (2 * groups * dim + (1 if layout.value_symmetric else 2) * layout.value_groups * TOKENS)
     planes = layout.value_bits // 2 * dim * 32
     chunks = STAGED_CHUNKS * low_bits.nbytes if low_bits else 2 * 16
     products = groups * rows * (dim + 8) if low_bits else dim + 8
@@ -236,6 +236,7 @@ def kernel_macros(
         "KEY_GROUPS": layout.tokens // layout.key_group,
         "VALUE_BITS": layout.value_bits,
         "VALUE_GROUPS": layout.value_groups,
+        "VALUE_SYMMETRIC": layout.value_symmetric,
         "PAGE_BYTES": layout.page.nbytes,
         "SINKS": sinks,
         "ROTATED": rotated,

@@ -53,14 +53,14 @@ struct PageReader {
         if (page) {
             if (LANES4) run = of_turn(runs);
             if (LANES16) dense_run = of_turn(dense_runs);
-            copy_params(KEY_SCALE, KEY_ZERO, KEY_PARAM_BYTES, memory.key_params[0], lane);
+            copy_params<2>(KEY_SCALE, KEY_ZERO, KEY_PARAM_BYTES, memory.key_params[0], lane);
             if (LANES4) copy_chunks(a.chunks4, run, 0, lane, memory);
         }
         commit_copies();
     }
     __device__ __forceinline__ void copy_values(WarpMemory& memory, int lane) const {
         if (page) {
-            copy_params(VALUE_SCALE, VALUE_ZERO, VALUE_PARAM_BYTES, memory.value_params[0], lane);
+            copy_params<VALUE_SYMMETRIC ? 1 : 2>(VALUE_SCALE, VALUE_ZERO, VALUE_PARAM_BYTES, memory.value_params[0], lane);
             copy_field(VALUE_PLANE_0, VALUE_PLANE_BYTES, memory.value_planes[0], lane);
             if (VALUE_BITS == 4) copy_field(VALUE_PLANE_1, VALUE_PLANE_BYTES, memory.value_planes[VALUE_BITS / 2 - 1], lane);
         }
@@ -71,11 +71,12 @@ struct PageReader {
 #pragma unroll
         for (int i = 16 * lane; i < bytes; i += 512) copy16(to + i, page + field + rows.head * bytes + i);
     }
+    template <int FIELDS>
     __device__ __forceinline__ void copy_params(u32 scale, u32 zero, int bytes, u8* to, int lane) const {
 #pragma unroll
-        for (int start = 0; start < 2 * bytes; start += 512) {
+        for (int start = 0; start < FIELDS * bytes; start += 512) {
             const int i = start + 16 * lane;
-            if (i < 2 * bytes) copy16(to + i, page + (i < bytes ? scale : zero - bytes) + rows.head * bytes + i);
+            if (i < FIELDS * bytes) copy16(to + i, page + (i < bytes ? scale : zero - bytes) + rows.head * bytes + i);
         }
     }
 };

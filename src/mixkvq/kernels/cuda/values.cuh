@@ -66,6 +66,20 @@ struct ValueOperand {
     float unit[VALUE_GROUPS];
 };
 
+// Zeros of four tokens, from their scales where codes lie evenly around 0.
+__device__ __forceinline__ void value_zeros(const WarpMemory& memory, int at, const float (&scale)[4], float (&zero)[4]) {
+    if (VALUE_SYMMETRIC) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) zero[i] = -0.5f * ((1 << VALUE_BITS) - 1) * scale[i];
+    } else {
+        const Words2 stored = *reinterpret_cast<const Words2*>(memory.value_params[VALUE_SYMMETRIC ? 0 : 1] + at);
+        zero[0] = half_to_float(stored.x);
+        zero[1] = upper_half_to_float(stored.x);
+        zero[2] = half_to_float(stored.y);
+        zero[3] = upper_half_to_float(stored.y);
+    }
+}
+
 __device__ __forceinline__ void prepare_values(const WarpMemory& memory, const Thread& t, const float (&share)[ROW_TILES],
                                                ValueOperand& operand, Softmax& state) {
     float column_share[ROW_TILES];
@@ -87,11 +101,10 @@ __device__ __forceinline__ void prepare_values(const WarpMemory& memory, const T
         operand.unit[group] = top * (1 / UNSIGNED_RANGE);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            const Words2 offset = *reinterpret_cast<const Words2*>(memory.value_params[1] + params + 32 * k);
             const float s[4] = {half_to_float(scale[k].x), upper_half_to_float(scale[k].x), half_to_float(scale[k].y),
                                 upper_half_to_float(scale[k].y)};
-            const float z[4] = {half_to_float(offset.x), upper_half_to_float(offset.x), half_to_float(offset.y),
-                                upper_half_to_float(offset.y)};
+            float z[4];
+            value_zeros(memory, params + 32 * k, s, z);
 #pragma unroll
             for (int tile = 0; tile < ROW_TILES; ++tile) {
                 const float* from = &memory.weights[4 * tile + t.row][16 * k + 80 * t.digit + 4 * t.tig];

@@ -49,10 +49,15 @@ def round_down(x, form: tl.constexpr):
 
 
 @triton.jit
-def fit(low, high, levels, form: tl.constexpr):
+def fit(low, high, levels, side: tl.constexpr, form: tl.constexpr):
     """Scale and zero of the range from ``low`` to ``high``."""
-    zero = round_down(low, form)
-    return storable(tl.div_rn(high - zero, levels), form), zero
+    if side.symmetric:
+        scale = storable(tl.div_rn(2 * high, levels), form)
+        zero = -0.5 * levels * scale
+    else:
+        zero = round_down(low, form)
+        scale = storable(tl.div_rn(high - zero, levels), form)
+    return scale, zero
 
 
 @triton.jit
@@ -113,7 +118,10 @@ def quantize(x, levels, inside, axis: tl.constexpr, masked: tl.constexpr, side: 
         codes int32, and scale and zero in float32 with ``axis`` reduced to 1.
     """
     low, high = bounds(x, inside, axis, masked)
-    scale, zero = fit(low, high, levels, form)
+    if side.symmetric:
+        high = tl.maximum(tl.abs(low), tl.abs(high))
+        low = -high
+    scale, zero = fit(low, high, levels, side, form)
     if len(side.factors) > 0:
         scale, zero = search_clip(x, low, high, scale, zero, levels, inside, axis, masked, side, form)
     codes = encode(in_steps(x, scale, zero), levels)
@@ -141,12 +149,19 @@ def search_clip(
     middle, half = (low + high) / 2, (high - low) / 2
     for i in tl.static_range(len(side.factors)):
         reach = half * side.factors[i]
-        new_scale, new_zero = fit(middle - reach, middle + reach, levels, form)
+        new_scale, new_zero = fit(middle - reach, middle + reach, levels, side, form)
         error = squared_error(x, new_scale, new_zero, levels, inside, axis, masked)
         better = error < least
         scale, zero = tl.where(better, new_scale, scale), tl.where(better, new_zero, zero)
         least = tl.where(better, error, least)
     return scale, zero
+
+
+@triton.jit
+def stretch_by(power, overlap, side: tl.constexpr):
+    """How far what is restored falls short."""
+    gain = tl.where(overlap > 0, tl.div_rn(power, tl.where(overlap > 0, overlap, 1.0)), 1.0)
+    return tl.minimum(tl.maximum(gain, side.gains[0]), side.gains[1])
 
 
 @triton.jit
@@ -162,14 +177,17 @@ def stretch(
     form: tl.constexpr,
 ):
     """Scale and zero that undo the shrinkage."""
-    count = tl.full(scale.shape, side.group, tl.float32)
     restored = codes * scale + zero
+    if side.symmetric:
+        gain = stretch_by(total(x * x, inside, axis, masked), total(x * restored, inside, axis, masked), side)
+        scale = tl.where(scale > 0, storable(scale * gain, form), scale)
+        return scale, zero  # which is not stored
+    count = tl.full(scale.shape, side.group, tl.float32)
     mean = tl.div_rn(total(x, inside, axis, masked), count)
     restored_mean = tl.div_rn(total(restored, inside, axis, masked), count)
     centred = x - mean
     power = total(centred * centred, inside, axis, masked)
     overlap = total(centred * (restored - restored_mean), inside, axis, masked)
-    gain = tl.where(overlap > 0, tl.div_rn(power, tl.where(overlap > 0, overlap, 1.0)), 1.0)
-    gain = tl.minimum(tl.maximum(gain, side.gains[0]), side.gains[1])
+    gain = stretch_by(power, overlap, side)
     new_zero = storable(mean + gain * (zero - restored_mean), form)
     return tl.where(scale > 0, storable(scale * gain, form), scale), tl.where(scale > 0, new_zero, zero)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mixkvq.quant.affine import CLIP_FACTORS, GAINS
+from mixkvq.quant.affine import CLIP_FACTORS, GAINS, SYMMETRIC_FACTORS
 from mixkvq.quant.block import DENSE_BITS
 from mixkvq.quant.planes import WORD_BITS, plane_widths
 from mixkvq.store.layout import PageLayout, Record
@@ -78,6 +78,7 @@ class Side:
         copy, scale, zero: offsets in bytes of dense keys or values, scales and zeros; 0 where the page has none.
         factors: clipping factors that are tried after 1; empty without the search.
         gains: bounds of the unbiased stretch; empty without it.
+        symmetric: no zeros are stored, and factors are about 0.
         tile: channels that are worked on at once.
     """
 
@@ -92,6 +93,7 @@ class Side:
     zero: int
     factors: tuple[float, ...]
     gains: tuple[float, ...]
+    symmetric: bool
     tile: int
 
 
@@ -180,7 +182,7 @@ def _side(layout: PageLayout, name: str, group: int, clip: bool, unbiased: bool,
         if name == "key"
         else (layout.value_dim, layout.value_bits, layout.value_dim)
     )
-    offsets = layout.page.offsets
+    offsets, symmetric = layout.page.offsets, name == "value" and layout.value_symmetric
     return Side(
         dim=dim,
         bits=bits,
@@ -191,8 +193,9 @@ def _side(layout: PageLayout, name: str, group: int, clip: bool, unbiased: bool,
         copy=offsets.get(f"{name}s", 0),
         scale=offsets.get(f"{name}_scale", 0),
         zero=offsets.get(f"{name}_zero", 0),
-        factors=CLIP_FACTORS[1:] if clip else (),
+        factors=(SYMMETRIC_FACTORS if symmetric else CLIP_FACTORS)[1:] if clip else (),
         gains=GAINS if unbiased else (),
+        symmetric=symmetric,
         tile=tile,
     )
 

@@ -60,7 +60,8 @@ def pack_tile(x, token, group, channel, inside, first, head, page, side: tl.cons
 
     place = ((head * side.groups + group) * form.tokens + token)[:, None]
     tl.store(field(page, side.scale, form.params.dtype) + place, scale.to(form.params.dtype))
-    tl.store(field(page, side.zero, form.params.dtype) + place, zero.to(form.params.dtype))
+    if not side.symmetric:
+        tl.store(field(page, side.zero, form.params.dtype) + place, zero.to(form.params.dtype))
 
     part: tl.constexpr = form.tokens // 16
     for i in tl.static_range(len(side.planes.offsets)):

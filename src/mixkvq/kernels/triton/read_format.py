@@ -75,6 +75,8 @@ class ReadFormat:
     value_planes: ReadPlanes
     value_scale: int
     value_zero: int
+    value_levels: int
+    value_symmetric: bool
     tiers: tuple[ReadTier, ...]
 
     @property
@@ -121,6 +123,8 @@ def read_format(layout: PageLayout) -> ReadFormat:
         value_planes=_planes(layout.page, "value_plane", layout.value_bits, layout.tokens),
         value_scale=page.get("value_scale", 0),
         value_zero=page.get("value_zero", 0),
+        value_levels=(1 << min(layout.value_bits, 8)) - 1,
+        value_symmetric=layout.value_symmetric,
         tiers=tuple(_tier(layout, bits) for bits in layout.promoted_bits),
     )
 

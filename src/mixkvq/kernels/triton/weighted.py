@@ -63,7 +63,10 @@ def add_values(
             else:
                 token = F.tile_starts[STEP][i] + tl.arange(0, 16) + (head * F.value_groups + g) * F.tokens
                 scale = tl.load((page + F.value_scale).to(tl.pointer_type(F.param)) + token).to(tl.float32)
-                zero = tl.load((page + F.value_zero).to(tl.pointer_type(F.param)) + token).to(tl.float32)
+                if F.value_symmetric:
+                    zero = -0.5 * F.value_levels * scale
+                else:
+                    zero = tl.load((page + F.value_zero).to(tl.pointer_type(F.param)) + token).to(tl.float32)
                 scaled = rounded(weights[i] * scale[:, None], DTYPE)
                 codes = value_codes(page, head, g * F.value_group_dim, F.tile_starts[STEP][i], F, CHANNELS, BIAS)
                 total = product(operand(codes, BIAS, DTYPE), scaled, total)
