@@ -44,14 +44,14 @@ class MixKVQConfig:
         sinks: the first tokens of every sequence that always stay in the model's type.
         key_bits: width of key channels that are not promoted.
         key_group: tokens of one channel that share a scale; divides R.
-        key_clip: search the clipping range of key groups.
+        key_clip: search the clipping range of key groups of up to 3 bits.
         key_unbiased: undo the shrinkage that quantizing key groups causes (:mod:`mixkvq.quant.affine`).
         key_feedback: damping of query-aware error feedback across key channels (:mod:`mixkvq.quant.feedback`), as a
             share of the queries' mean power; none rounds every channel for itself.
         value_bits: width of values.
         value_group: at most so many channels of one token share a scale (head dimensions that it does not divide
             are cut into equal parts).
-        value_clip: search the clipping range of value groups.
+        value_clip: search the clipping range of value groups of up to 3 bits.
         value_unbiased: undo the shrinkage of value groups.
         value_symmetric: store no zeros for value groups, whose codes then lie evenly around 0. For rotated values,
             whose mean is near it: they lose nothing, and a quarter of a bit is saved in groups of 64.

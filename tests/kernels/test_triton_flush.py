@@ -383,7 +383,7 @@ def test_a_rule_is_the_policy_s_own():
 
     config = MixKVQConfig.preset("default")
     assert [policy(config).rule for policy in (Mine, MyKIVI, MyScore)] == [None] * 3
-    assert Named(config).rule == MixKVQ(config).rule == PlanRule("salience", budget=2.667, scope="layer")
+    assert Named(config).rule == MixKVQ(config).rule == PlanRule("salience", budget=2.84, scope="layer")
 
 
 def test_a_rule_counts_what_the_policy_promotes(config: MixKVQConfig):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixkvq.quant.affine import dequantize, quantize
+from mixkvq.quant.affine import dequantize, quantize, symmetric_zero
 
 WIDTHS = (1, 2, 3, 4, 8)
 
@@ -116,3 +116,40 @@ def test_a_group_with_nan_leaves_the_others_alone():
     q = quantize(x, 2, clip=True, unbiased=True)
     for row in (0, 2):
         assert torch.equal(dequantize(*q)[row], dequantize(*clean)[row])
+
+
+def test_symmetric_groups_by_hand():
+    x = torch.tensor([[-3.0, -1.1, 0.9, 3.0], [0.0, 0.0, 0.0, 0.0], [0.25, 0.1, 0.3, 0.1]])
+    q = quantize(x, 2, symmetric=True)
+    assert q.scale[:, 0].tolist() == pytest.approx([2.0, 0.0, 0.2])
+    assert torch.equal(q.zero, symmetric_zero(q.scale, 2))
+    assert dequantize(*q)[0].tolist() == [-3.0, -1.0, 1.0, 3.0]
+    assert not dequantize(*q)[1].any()
+    assert dequantize(*q)[2].tolist() == pytest.approx([0.3, 0.1, 0.3, 0.1])
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 1.01), (3, 1.15)])
+def test_gaussian_values_lose_next_to_nothing_without_zeros(bits: int, most: float):
+    x = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for symmetric in (False, True):
+        q = quantize(x, bits, clip=True, symmetric=symmetric, param_dtype=torch.float16)
+        errors.append((dequantize(*q) - x).square().mean().item())
+    assert errors[1] < most * errors[0]
+
+
+def test_symmetric_groups_can_be_unbiased():
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+    q = quantize(x, 2, clip=True, unbiased=True, symmetric=True)
+    assert torch.allclose((x * dequantize(*q)).sum(-1), x.square().sum(-1), rtol=1e-5)
+    assert torch.equal(q.zero, symmetric_zero(q.scale, 2))
+
+
+def test_ranges_of_four_bits_are_not_searched():
+    x = torch.randn(20, 64)
+    x[:, 0] = 9  # which a smaller range would cut off
+    for symmetric in (False, True):
+        plain, clipped = (quantize(x, 4, clip=clip, symmetric=symmetric) for clip in (False, True))
+        assert torch.equal(plain.scale, clipped.scale)
+        plain, clipped = (quantize(x, 2, clip=clip, symmetric=symmetric) for clip in (False, True))
+        assert (clipped.scale < plain.scale).all()

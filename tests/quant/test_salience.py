@@ -54,24 +54,24 @@ def sampled(batch: int, kv_heads: int, dim: int) -> QueryStatistics:
 
 def test_every_fourth_query_of_the_heads_in_turn_is_kept_in_a_ring():
     # The query of token p and head h is 1000 h + p + 1; one KV head, two query heads.
-    query = (torch.arange(150.0)[None, :, None] + 1000 * torch.arange(2.0)[:, None, None] + 1)[None]
+    query = (torch.arange(521.0)[None, :, None] + 1000 * torch.arange(2.0)[:, None, None] + 1)[None]
     statistics = sampled(1, 1, 1)
     statistics.sample(query[:, :, :9], torch.tensor([0]))  # tokens 0 to 8: of 0, 4, 8
     assert statistics.samples[0, 0, :4, 0].tolist() == [1, 1005, 9, 0]
-    statistics.sample(query[:, :, 9:], torch.tensor([9]))  # to token 149: 128 takes the place of 0, 148 of 20
-    assert statistics.samples[0, 0, :4, 0].tolist() == [129, 1133, 137, 1141]
-    assert statistics.samples[0, 0, 5:7, 0].tolist() == [1149, 25]
+    statistics.sample(query[:, :, 9:], torch.tensor([9]))  # to token 520: 512 takes the place of 0
+    assert statistics.samples[0, 0, :4, 0].tolist() == [513, 1517, 521, 1013]
+    assert statistics.samples[0, 0, 127, 0] == 1509
 
 
 def test_samples_do_not_depend_on_how_tokens_come():
-    query, lengths = torch.randn(2, 6, 300, 8), torch.tensor([0, 7])
+    query, lengths = torch.randn(2, 6, 900, 8), torch.tensor([0, 7])
     together, apart = sampled(2, 2, 8), sampled(2, 2, 8)
     together.sample(query, lengths)
     done = 0
-    for count in (130, 1, 3, 1, 1, 7, 150, 2, 5):
+    for count in (130, 1, 3, 1, 1, 7, 150, 2, 605):
         apart.sample(query[:, :, done : done + count], lengths + done)
         done += count
-    assert done == 300
+    assert done == 900
     assert torch.equal(together.samples, apart.samples)
 
 
@@ -92,5 +92,5 @@ def test_a_prompt_is_sampled_all_over():
     early[:, :, :4000, 1] = 1
     statistics.sample(early, torch.tensor([0]))
     assert statistics.covariance()[0, 0, 1, 1] == 0
-    assert statistics.with_prompt(early).covariance()[0, 0, 1, 1] == 250  # of 500 in all
+    assert statistics.with_prompt(early).covariance()[0, 0, 1, 1] == 250  # of 500 samples of the prompt
     assert statistics.with_prompt(early[:, :, :100]) is statistics

@@ -34,7 +34,7 @@ class MixKVQ(RankedPolicy):
             "this package; see docs/method.md",
             {
                 "sinks": 4,
-                "budget": 2.94,
+                "budget": 2.84,
                 "key_group": 128,
                 "key_clip": True,
                 "key_unbiased": True,

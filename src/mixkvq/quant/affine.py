@@ -17,6 +17,7 @@ the storage type holds its value (float16 holds all bfloat16 numbers of magnitud
     zero  = -(2^b - 1) / 2 * scale
 
 **Clipping**: a smaller range costs the extremes and serves the rest; the range with the least squared error is taken.
+Only up to 3 bits: with more, little is won, and the extremes it costs are often the tokens that attention looks for.
 
 **Unbiased scale**: what quantization with the least squared error gives back is shrunk towards the group's mean, by
 ``<x, x~> / <x, x>`` (both centred). Noise averages out over the tokens that attention sums; shrinkage does not. So
@@ -33,6 +34,8 @@ from torch import Tensor
 
 #: How far the range of a group is shrunk about its midpoint when a better clipping range is searched.
 CLIP_FACTORS = (1.0, 0.92, 0.84, 0.76, 0.68)
+#: The highest code of groups whose range is searched.
+CLIPPED_LEVELS = 7
 #: The same about 0, for symmetric groups: with few codes the best range ends well below the largest of many numbers.
 SYMMETRIC_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 #: Bounds of the stretch that undoes shrinkage: a group far outside them is degenerate, not shrunk.
@@ -95,7 +98,9 @@ def _quantize_symmetric(x: Tensor, levels: Tensor, *, clip: bool, unbiased: bool
     best = _quantize_about_0(x, top, levels, dtype)
     best_error = _squared_error(x, best)
     for factor in SYMMETRIC_FACTORS[1:] if clip else ():
-        best, best_error = _better(x, best, best_error, _quantize_about_0(x, factor * top, levels, dtype))
+        best, best_error = _better(
+            x, best, best_error, _quantize_about_0(x, factor * top, levels, dtype), levels <= CLIPPED_LEVELS
+        )
     if not unbiased:
         return best
     power = x.square().sum(-1, keepdim=True)
@@ -115,14 +120,16 @@ def _search_clip(x: Tensor, low: Tensor, high: Tensor, levels: Tensor, best: Aff
     middle, half = (low + high) / 2, (high - low) / 2
     for factor in CLIP_FACTORS[1:]:
         candidate = _quantize_range(x, middle - factor * half, middle + factor * half, levels, dtype)
-        best, best_error = _better(x, best, best_error, candidate)
+        best, best_error = _better(x, best, best_error, candidate, levels <= CLIPPED_LEVELS)
     return best
 
 
-def _better(x: Tensor, best: Affine, best_error: Tensor, candidate: Affine) -> tuple[Affine, Tensor]:
-    """The one with the smaller error, group by group, and that."""
+def _better(
+    x: Tensor, best: Affine, best_error: Tensor, candidate: Affine, allowed: Tensor
+) -> tuple[Affine, Tensor]:
+    """The one with the smaller error, group by group where it is ``allowed``, and that error."""
     error = _squared_error(x, candidate)
-    better = error < best_error
+    better = (error < best_error) & allowed
     chosen = Affine(*(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True)))
     return chosen, torch.where(better, error, best_error)
 

@@ -56,9 +56,10 @@ class Feedback(NamedTuple):
         count = order.shape[-1]
         part = torch.arange(count, device=order.device) % feedback_parts(count)
         together = part[:, None] == part
-        power = covariance.float().diagonal(dim1=-2, dim2=-1) @ (together / together.sum(0))
+        shares = together.float() / together.sum(0)
+        power = covariance.float().diagonal(dim1=-2, dim2=-1) @ shares
         power = power[..., None].expand_as(covariance)
-        identity = torch.eye(count, device=order.device)
+        identity = torch.eye(count, dtype=torch.float32, device=order.device)
         usable = (power > 0) & power.isfinite()
         damped = torch.where(usable & together, covariance / power, 0) + damping * identity
         damped = torch.where(usable, damped, identity)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mixkvq.quant import affine
+
+CLIPPED_LEVELS = tl.constexpr(affine.CLIPPED_LEVELS)
 #: 1.5 * 2^23: a sum with it has no room for a fraction, and what is lost is rounded half to even.
 ROUNDER = tl.constexpr(12582912.0)
 
@@ -151,7 +154,7 @@ def search_clip(
         reach = half * side.factors[i]
         new_scale, new_zero = fit(middle - reach, middle + reach, levels, side, form)
         error = squared_error(x, new_scale, new_zero, levels, inside, axis, masked)
-        better = error < least
+        better = (error < least) & (levels <= CLIPPED_LEVELS)
         scale, zero = tl.where(better, new_scale, scale), tl.where(better, new_zero, zero)
         least = tl.where(better, error, least)
     return scale, zero
