@@ -43,10 +43,10 @@ def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode.torch, "empty", poisoned)
     if DEVICE == "cpu":
         monkeypatch.setattr(decode, "load_kernel", emulator.load_kernel)
-        monkeypatch.setattr(decode, "_has_bindings", lambda: True)
+        monkeypatch.setattr(decode, "has_bindings", lambda: True)
         monkeypatch.setattr(decode, "multiprocessors", lambda device: 6)
-        monkeypatch.setattr(decode, "_capability", lambda device: (8, 0))
-        monkeypatch.setattr(decode, "_shared_limit", lambda device: 1 << 18)
+        monkeypatch.setattr(decode, "capability", lambda device: (8, 0))
+        monkeypatch.setattr(decode, "shared_limit", lambda device: 1 << 18)
 
 
 def filled(
@@ -222,9 +222,9 @@ def test_what_it_leaves_to_triton(text: str, options: dict, reason: str):
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("_has_bindings", False, "cuda-bindings"),
-        ("_capability", (7, 5), "compute capability 7.5"),
-        ("_shared_limit", 48 << 10, "bytes of shared memory"),
+        ("has_bindings", False, "cuda-bindings"),
+        ("capability", (7, 5), "compute capability 7.5"),
+        ("shared_limit", 48 << 10, "bytes of shared memory"),
     ],
 )
 def test_devices_that_it_leaves_to_triton(name: str, value: object, reason: str, monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 #: Modules of :mod:`mixkvq.kernels.triton` that serve flushes: their kernels are known by these beginnings.
 FLUSH_MODULES = ("advance", "feedback", "pack", "plan")
+#: Kernels of :mod:`mixkvq.kernels.cuda` that do.
+CUDA_FLUSH_KERNELS = ("move_keys",)
 
 
 def flush_share(run: Callable[[], object], repeats: int) -> float | None:
@@ -34,7 +36,7 @@ def flush_kernels() -> set[str]:
 
     from mixkvq.kernels import triton as kernels
 
-    names = set()
+    names = set(CUDA_FLUSH_KERNELS)
     for module in pkgutil.iter_modules(kernels.__path__):
         if module.name.startswith(FLUSH_MODULES):
             members = vars(importlib.import_module(f"{kernels.__name__}.{module.name}")).values()

@@ -178,7 +178,7 @@ class Recipe:
         *,
         in_place: bool = False,
     ) -> Tensor:
-        """The keys to pack: with error feedback by :func:`mixkvq.kernels.triton.feedback.move_keys`, which see.
+        """The keys to pack: with error feedback by :func:`mixkvq.kernels.feedback.move_keys`, which see.
 
         A copy, as ``keys`` may be the model's own, unless they may change ``in_place``.
         """
@@ -186,7 +186,7 @@ class Recipe:
         if statistics is None or statistics.samples is None or damping is None:
             return keys
         keys = keys if in_place else keys.clone()
-        from mixkvq.kernels.triton.feedback import move_keys
+        from mixkvq.kernels.feedback import move_keys
 
         move_keys(
             keys,

@@ -124,9 +124,7 @@ def _search_clip(x: Tensor, low: Tensor, high: Tensor, levels: Tensor, best: Aff
     return best
 
 
-def _better(
-    x: Tensor, best: Affine, best_error: Tensor, candidate: Affine, allowed: Tensor
-) -> tuple[Affine, Tensor]:
+def _better(x: Tensor, best: Affine, best_error: Tensor, candidate: Affine, allowed: Tensor) -> tuple[Affine, Tensor]:
     """The one with the smaller error, group by group where it is ``allowed``, and that error."""
     error = _squared_error(x, candidate)
     better = (error < best_error) & allowed

@@ -96,7 +96,5 @@ def quantize_values(
     """Quantize values ``[N, Hkv, R, D]`` per token, in ``groups`` equal parts of the channels."""
     basis = rotate(values) if rotation else values
     grouped = basis.unflatten(3, (groups, -1))
-    q = quantize(
-        grouped, min(bits, 8), clip=clip, unbiased=unbiased, symmetric=symmetric, param_dtype=param_dtype
-    )
+    q = quantize(grouped, min(bits, 8), clip=clip, unbiased=unbiased, symmetric=symmetric, param_dtype=param_dtype)
     return QuantizedValues(codes=q.codes.flatten(3), scale=q.scale.squeeze(-1), zero=q.zero.squeeze(-1), dense=values)

@@ -89,7 +89,7 @@ class QueryStatistics:
         """
         if self.samples is None:
             return
-        batch, heads, length, _ = query.shape
+        batch, _, length, _ = query.shape
         kv_heads, kept = self.samples.shape[1:3]
         if real is None:
             real = torch.ones(batch, length, dtype=torch.bool, device=query.device)

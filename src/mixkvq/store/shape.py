@@ -6,6 +6,8 @@ import math
 import numbers
 from dataclasses import dataclass
 
+import torch
+
 from mixkvq.store.layout import PageLayout
 
 #: New tokens that the residual has room for beyond R, so that a step of several may run over a block's end.

@@ -1,7 +1,7 @@
 // Sizes, arguments, thread roles, shared memory, and what all phases of the decode kernel use.
 #pragma once
 
-#include "intrinsics.cuh"
+#include "numbers.cuh"
 
 // Set by the launcher from the page layout: KV_HEADS, HEAD_DIM, KEY_BITS, KEY_GROUPS, VALUE_BITS, VALUE_GROUPS, PAGE_BYTES,
 // the offsets of a page's and a chunk's fields, SINKS, ROTATED, SOFTCAP, BFLOAT16, ROW_TILES (4 query rows each), WARPS,
@@ -46,17 +46,6 @@ struct Arguments {
     int table_stride, group, length, append, pages_per_warp;
     float scaling, softcap;
 };
-
-__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
-
-__device__ __forceinline__ float to_float(u16 x) {
-    return BFLOAT16 ? __uint_as_float(u32(x) << 16) : half_to_float(x);
-}
-__device__ __forceinline__ u16 from_float(float x) {
-    if (!BFLOAT16) return float_to_half(x);
-    const u32 bits = __float_as_uint(x);
-    return x != x ? 0x7fff : u16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 struct Thread {
     int warp, lane, quad, tig, row, digit;

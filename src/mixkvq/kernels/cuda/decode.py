@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mixkvq.kernels.cuda.module import load_kernel
+from mixkvq.kernels.cuda.module import LaunchableKernel, address, capability, has_bindings, load_kernel, shared_limit
 from mixkvq.kernels.device import multiprocessors
 from mixkvq.kernels.tickets import tickets
 from mixkvq.quant.block import DENSE_BITS
@@ -32,14 +30,6 @@ TOKENS = 128
 STAGED_CHUNKS = 4
 #: The first compute capability that has all its instructions: asynchronous copies, 8-bit products of this shape.
 CAPABILITY = (8, 0)
-
-
-class LaunchableKernel(Protocol):
-    """What this module needs of :class:`mixkvq.kernels.cuda.module.Kernel`."""
-
-    def resident_blocks(self, threads: int) -> int: ...
-
-    def launch(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure) -> None: ...
 
 
 class Arguments(ctypes.Structure):
@@ -67,7 +57,7 @@ class Arguments(ctypes.Structure):
 
 def unsupported(query: Tensor, tensors: CacheTensors) -> str | None:
     """Why the kernel cannot serve a step, or None if it can."""
-    if not _has_bindings():
+    if not has_bindings():
         return "the package cuda-bindings is missing, or the libraries that it needs"
     return _unsupported(tensors.layout, tensors.sinks, query.dtype, query.device, _row_tiles(query, tensors.layout))
 
@@ -91,37 +81,11 @@ def _unsupported(
     )
     if reason := next((reason for fails, reason in checks if fails), None):
         return reason
-    capability, limit = _capability(device), _shared_limit(device)
-    if capability < CAPABILITY:
-        return "compute capability {}.{}".format(*capability)
+    found, limit = capability(device), shared_limit(device)
+    if found < CAPABILITY:
+        return "compute capability {}.{}".format(*found)
     needed = shared_bytes(layout, sinks, row_tiles)
     return None if needed <= limit else f"{needed:,} bytes of shared memory, of which the device has {limit:,}"
-
-
-@functools.cache
-def _has_bindings() -> bool:
-    """Whether NVRTC can be called: bindings are no proof of the libraries behind them, nor of a GPU of NVIDIA's."""
-    if torch.version.hip is not None:
-        return False
-    try:
-        from cuda.bindings import nvrtc
-
-        nvrtc.nvrtcVersion()
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
-@lru_cache(maxsize=16)
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@lru_cache(maxsize=16)
-def _shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a block of threads can have."""
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def shared_bytes(layout: PageLayout, sinks: int, row_tiles: int) -> int:
@@ -173,7 +137,7 @@ def decode_attention(
     sinks = sinks if sinks is None else sinks.float().contiguous()
     seen = (statistics.total, statistics.count, statistics.samples) if statistics is not None else (None, None, None)
     arguments = Arguments(
-        *(_address(x) for x in (
+        *(address(x) for x in (
             query, keys, values, output, cache.pages, cache.chunks.get(4), cache.chunks.get(DENSE_BITS), cache.table,
             cache.lengths, cache.dense_keys, cache.dense_values, sinks, *seen, sums, stats,
             tickets(query.device, batch * heads_grid),
@@ -205,10 +169,6 @@ def _vectors(x: Tensor) -> Tensor:
 def _row_tiles(query: Tensor, layout: PageLayout) -> int:
     """Tiles of query rows that a block handles: one suffices where a KV head has no more rows."""
     return 2 if query.shape[1] // layout.kv_heads * query.shape[2] > TILE_ROWS else 1
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 def _kernel(cache: CacheTensors, dtype: torch.dtype, softcap: bool, row_tiles: int) -> LaunchableKernel:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 FOLDER = Path(__file__).parent
-HEADERS = ("intrinsics.cuh", "common.cuh", "keys.cuh", "values.cuh", "pages.cuh", "dense.cuh", "merge.cuh")
+HEADERS = (
+    "intrinsics.cuh",
+    "numbers.cuh",
+    "common.cuh",
+    "keys.cuh",
+    "values.cuh",
+    "pages.cuh",
+    "dense.cuh",
+    "merge.cuh",
+)
 
 
 class CudaError(RuntimeError):
@@ -53,6 +63,46 @@ class Kernel:
         stream = torch.cuda.current_stream().cuda_stream
         at = ctypes.addressof(parameters)
         _check(self._driver.cuLaunchKernel(self._function, *grid, threads, 1, 1, self.shared_bytes, stream, at, 0))
+
+
+class LaunchableKernel(Protocol):
+    """What launchers need of :class:`Kernel`; tests have another."""
+
+    def resident_blocks(self, threads: int) -> int: ...
+
+    def launch(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure) -> None: ...
+
+
+@functools.cache
+def has_bindings() -> bool:
+    """Whether NVRTC can be called: bindings are no proof of the libraries behind them, nor of a GPU of NVIDIA's."""
+    if torch.version.hip is not None:
+        return False
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+@lru_cache(maxsize=16)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU, as (major, minor)."""
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=16)
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block of threads can have."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+def address(x: torch.Tensor | None) -> int | None:
+    """Where a tensor begins, for a kernel's arguments."""
+    return None if x is None else x.data_ptr()
 
 
 @lru_cache(maxsize=64)

@@ -36,19 +36,7 @@ def move_keys(
     key_clip: bool,
     key_unbiased: bool,
 ) -> None:
-    """Replace the keys of N blocks by those that :func:`~mixkvq.quant.feedback.quantize_with_feedback` rounds.
-
-    Args:
-        keys: ``[X, Hkv, T, D]`` float32, float16 or bfloat16, changed in place.
-        rows, starts: ``[N]`` int32, each block's row of ``keys`` and its first token.
-        active: ``[N]`` int32, 0 leaves a block alone.
-        bits: ``[N, Hkv, D]`` uint8, planned widths.
-        samples: ``[X, Hkv, S, D]``, the rows' sampled queries.
-        damping, key_clip, key_unbiased: as in :class:`~mixkvq.config.MixKVQConfig`.
-
-    Raises:
-        ValueError: ``layout.tokens`` is no power of two.
-    """
+    """See :func:`mixkvq.kernels.feedback.move_keys`."""
     form = page_format(
         layout, key_clip=key_clip, key_unbiased=key_unbiased, value_clip=False, value_unbiased=False, rotated=False
     )
