@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgb
 from rich.console import Console
 
 from mixkvq.evaluate.retrieval import Cell, Summary
-from mixkvq.report.plots import save
+from mixkvq.report.figures import save
 from mixkvq.report.retrieval import heat_map, retrieval_table
 
 KINDS, CACHES, LENGTHS, DEPTHS = (

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mixkvq.report.plots import PlotError, draw, plot_files
+from mixkvq.report.figures import PlotError
+from mixkvq.report.plots import draw, plot_files
 
 ABOUT = {"device": "GPU", "model": "llama"}
 KERNEL = [

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from chats import chat_tokenizer
 from mixkvq.cli import app
-from mixkvq.report.plots import PlotError
+from mixkvq.report.figures import PlotError
 from models import tiny_model
 
 #: The module, of which the package ``mixkvq.cli`` has a command of the same name.

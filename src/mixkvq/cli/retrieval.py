@@ -32,7 +32,7 @@ from mixkvq.evaluate import retrieval as measure
 from mixkvq.evaluate.retrieval import KINDS, Cell, Haystack, RetrievalProblem, check_kind, depths, summaries
 from mixkvq.evaluate.texts import BUILT_IN
 from mixkvq.models import DEFAULT_MODEL, context_length
-from mixkvq.report.plots import FORMATS, PlotError, new_figure, save
+from mixkvq.report.figures import FORMATS, PlotError, new_figure, save
 from mixkvq.report.retrieval import heat_map, retrieval_table
 
 CACHES = ["bf16", "default", "kivi-2"]

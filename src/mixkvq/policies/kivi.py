@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mixkvq.config import ConfigError, MixKVQConfig, Preset
 from mixkvq.policies.base import KeyBlock, PlanRule, Policy
+from mixkvq.policies.refined import OURS, REFINED
 
 SOURCE = "KIVI, arXiv 2402.02750"
 
@@ -25,6 +26,11 @@ class KIVI(Policy):
             "4 bits for all keys and values, groups of 32",
             SOURCE,
             {"policy": "kivi", "key_bits": 4, "value_bits": 4},
+        ),
+        "quality": Preset(
+            "4 bits for all keys, 2 for values, refined as in `default`: when answers matter more than memory",
+            OURS,
+            {**REFINED, "policy": "kivi", "key_bits": 4, "key_group": 64},
         ),
     }
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from mixkvq.config import PROMOTED_BITS, ConfigError, MixKVQConfig, Preset
 from mixkvq.policies.base import KeyBlock, PlanRule
 from mixkvq.policies.ranked import RankedPolicy
+from mixkvq.policies.refined import OURS, REFINED
 from mixkvq.policies.tiers import promote_above
 from mixkvq.quant.block import DENSE_BITS
 from mixkvq.quant.salience import sensitivity
@@ -30,21 +31,9 @@ class MixKVQ(RankedPolicy):
     name = "mixkvq"
     presets = {  # noqa: RUF012 - shared on purpose
         "default": Preset(
-            "what to run: a bit budget, query-aware ranking, 4 sinks, rotated values",
-            "this package; see docs/method.md",
-            {
-                "sinks": 4,
-                "budget": 2.84,
-                "key_group": 128,
-                "key_clip": True,
-                "key_unbiased": True,
-                "key_feedback": 0.4,
-                "value_group": 64,
-                "value_clip": True,
-                "value_unbiased": True,
-                "value_symmetric": True,
-                "value_rotation": "hadamard",
-            },
+            "what to run: a bit budget, query-aware ranking and error feedback, rotated values",
+            OURS,
+            {**REFINED, "budget": 2.84, "key_group": 128},
         ),
         "paper": Preset(
             "the paper's method; thresholds for 2.3 code bits on SmolLM2-135M, set your model's",

@@ -10,29 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixkvq.bench import BF16
+from mixkvq.report.accuracy import accuracy_figures
+from mixkvq.report.figures import COLOURS, FORMATS, GREY, MARKERS, PlotError, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+#: Inches of a picture.
+SIZE = (7.2, 3.8)
 #: Points of a line by its label: x and y.
 Series = dict[str, list[tuple[float, float]]]
 
-#: Of lines, in order; told apart by readers who do not see all colours (Okabe and Ito). BF16 is grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GREY = "#555555"
-MARKERS = "osD^vP"
 #: Ticks whose quotient is smaller would write over each other.
 TICK_QUOTIENT = 1.3
-#: Inches, and dots of each: a README's width with room for high resolutions.
-SIZE, DOTS = (7.2, 3.8), 200
-#: How pictures are saved, by the end of their names.
-FORMATS: dict[str, dict[str, Any]] = {".png": {"dpi": DOTS}, ".svg": {"metadata": {"Date": None}}}
-
-
-class PlotError(RuntimeError):
-    """Results that cannot be drawn, or nothing to draw with."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,8 @@ def plot_files(files: Sequence[Path], out: Path) -> list[Path]:
     """Draw the results in some files.
 
     Args:
-        files: what ``mixkvq bench kernel``, ``generate`` and ``capacity`` wrote.
+        files: what ``mixkvq bench kernel``, ``generate`` and ``capacity``, ``mixkvq eval`` and ``mixkvq fidelity
+            --reasoner`` wrote.
         out: a folder, made if it is not there.
 
     Returns:
@@ -71,20 +64,20 @@ def plot_files(files: Sequence[Path], out: Path) -> list[Path]:
     """
     rows = [row for file in files for row in _read(file)]
     pictures = [*_speed_ups(rows), *_throughputs(rows), *_memories(rows)]
-    if not pictures:
+    figures = {picture.name: draw(picture) for picture in pictures} | accuracy_figures(rows)
+    if not figures:
         raise PlotError(
             "There is nothing to draw in these files: a line takes results at two contexts (bench kernel, bench "
-            "generate) or at two batches (bench generate, bench capacity)."
+            "generate) or at two batches (bench generate, bench capacity); accuracies (eval) stand for themselves."
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlotError(f"Cannot write pictures to '{out}': {error}") from error
     written = []
-    for picture in pictures:
-        figure = draw(picture)
+    for name, figure in figures.items():
         for suffix in FORMATS:
-            path = out / f"{picture.name}{suffix}"
+            path = out / f"{name}{suffix}"
             save(figure, path)
             written.append(path)
     return written
@@ -191,24 +184,6 @@ def _slug(text: str) -> str:
 
 
 # How it is drawn
-
-
-def new_figure(size: tuple[float, float]) -> Figure:
-    """An empty figure of so many inches.
-
-    Raises:
-        PlotError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PlotError('Pictures take the "plots" extra: pip install "mixkvq[plots]".') from None
-    return Figure(figsize=size, layout="constrained")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as one of :data:`FORMATS`."""
-    figure.savefig(path, **FORMATS[path.suffix])
 
 
 def draw(picture: Picture) -> Figure:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mixkvq.evaluate.retrieval import Cell, Summary
 from mixkvq.evaluate.retrieval.summary import SURE
-from mixkvq.report.plots import new_figure
+from mixkvq.report.figures import new_figure
 from mixkvq.report.tables import new_table
 
 if TYPE_CHECKING:

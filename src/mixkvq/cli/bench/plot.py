@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from mixkvq.cli.common import InputError, clean_exit, notes
-from mixkvq.report.plots import PlotError, plot_files
+from mixkvq.report.figures import PlotError
+from mixkvq.report.plots import plot_files
 
 
 def plot(

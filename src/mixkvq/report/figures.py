@@ -1,0 +1,40 @@
+"""What all pictures share: colours, sizes, formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Of lines, in order; told apart by readers who do not see all colours (Okabe and Ito). BF16 is grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#555555"
+MARKERS = "osD^vP"
+#: Dots of an inch: a README's width with room for high resolutions.
+DOTS = 200
+#: How pictures are saved, by the end of their names.
+FORMATS: dict[str, dict[str, Any]] = {".png": {"dpi": DOTS}, ".svg": {"metadata": {"Date": None}}}
+
+
+class PlotError(RuntimeError):
+    """Results that cannot be drawn, or nothing to draw with."""
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of so many inches.
+
+    Raises:
+        PlotError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PlotError('Pictures take the "plots" extra: pip install "mixkvq[plots]".') from None
+    return Figure(figsize=size, layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as one of :data:`FORMATS`."""
+    figure.savefig(path, **FORMATS[path.suffix])
