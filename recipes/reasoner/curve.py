@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 
 from mixkvq.report.figures import COLOURS, new_figure, save
@@ -26,7 +26,7 @@ def main() -> None:
     figure = new_figure((6.4, 3.2))
     axes = figure.add_subplot()
     before = 0.0
-    for file, colour in zip(arguments.trainings, COLOURS, strict=False):
+    for file, colour in zip(arguments.trainings, cycle(COLOURS), strict=False):
         training = json.loads(file.read_text())
         losses, per_step = training["loss"], training["tokens"] / len(training["loss"])
         sums = [0.0, *accumulate(losses)]

@@ -17,11 +17,14 @@ def row(cache: str, accuracy: float, bits: float | None, **more: object) -> dict
         "over 800": {"questions": 20, "accuracy": accuracy - 0.1},
     }
     found = {"cache": cache, "task": "reasoner", "accuracy": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.02}
-    return {**found, "bits": bits, "questions": 40, "lengths": lengths, "device": "a GPU", **more}
+    return {**found, "bits": bits, "questions": 40, "lengths": lengths, "device": "a GPU", "model": "m", **more}
 
 
 ROWS = [row("bf16", 0.95, 16.0), row("default", 0.9, 2.7), row("kivi-2", 0.2, 3.0)]
-NATS = [{"cache": name, "nats_per_chain": nats, "device": "a CPU"} for name, nats in (("default", 0.3), ("kivi-2", 90))]
+NATS = [
+    {"cache": name, "nats_per_chain": nats, "device": "a CPU", "model": "m"}
+    for name, nats in (("default", 0.3), ("kivi-2", 90))
+]
 
 
 def test_accuracy_over_bits_and_by_length():
@@ -41,8 +44,8 @@ def test_questions_without_chains_have_one_panel():
 
 
 def test_accuracy_by_likelihood_takes_both_measures():
-    assert "accuracy-by-likelihood" not in accuracy_figures([*ROWS, NATS[0]])
-    (axes,) = accuracy_figures([*ROWS, *NATS])["accuracy-by-likelihood"].axes
+    assert "likelihood-reasoner" not in accuracy_figures([*ROWS, NATS[0]])
+    (axes,) = accuracy_figures([*ROWS, *NATS])["likelihood-reasoner"].axes
     points = sorted(bar.lines[0].get_xydata()[0].tolist() for bar in axes.containers)
     assert points == [[0.3, 0.9], [90, 0.2]]
 
@@ -51,9 +54,20 @@ def test_files_are_written(tmp_path: Path):
     (tmp_path / "rows.json").write_text(json.dumps([*ROWS, *NATS]))
     written = plot_files([tmp_path / "rows.json"], tmp_path / "out")
     assert sorted(path.name for path in written) == [
-        "accuracy-by-likelihood.png",
-        "accuracy-by-likelihood.svg",
         "accuracy-reasoner.png",
         "accuracy-reasoner.svg",
+        "likelihood-reasoner.png",
+        "likelihood-reasoner.svg",
     ]
     assert all(path.stat().st_size > 5000 for path in written)
+
+
+def test_models_have_pictures_of_their_own():
+    figures = accuracy_figures([*ROWS, *({**one, "model": "org/other"} for one in ROWS), *NATS])
+    assert sorted(figures) == ["accuracy-reasoner--m", "accuracy-reasoner--org-other", "likelihood-reasoner--m"]
+
+
+def test_a_cache_that_packed_nothing_is_no_point():
+    figures = accuracy_figures([*ROWS, row("kitty", 0.5, None)])
+    labels = [bar.get_label() for bar in figures["accuracy-reasoner"].axes[0].containers]
+    assert labels == ["default", "kivi-2"]

@@ -155,3 +155,13 @@ def test_any_covariance_can_be_factored(seed: int, scale: float, rank: int):
     weights = Feedback.of(covariance, torch.rand(1, 1, 8, generator=generator), damping=0.05).weights
     assert weights.isfinite().all()
     assert torch.allclose(weights.diagonal(dim1=2, dim2=3), torch.ones(8))
+
+
+def test_a_part_that_is_not_finite_leaves_the_other_alone():
+    keys, covariance = random_problem(dim=144)
+    covariance[..., 2, 2] = torch.inf  # channel 2 is of part 0
+    bits = torch.full((2, 3, 144), 2, dtype=torch.uint8)
+    fed = restored(keys, bits, Feedback.of(covariance, torch.rand(2, 3, 144), damping=0.2))
+    plain = restored(keys, bits, None)
+    assert torch.equal(fed[..., ::2], plain[..., ::2])
+    assert not torch.equal(fed[..., 1::2], plain[..., 1::2])

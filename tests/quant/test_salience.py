@@ -94,3 +94,14 @@ def test_a_prompt_is_sampled_all_over():
     assert statistics.covariance()[0, 0, 1, 1] == 0
     assert statistics.with_prompt(early).covariance()[0, 0, 1, 1] == 250  # of 500 samples of the prompt
     assert statistics.with_prompt(early[:, :, :100]) is statistics
+
+
+@pytest.mark.parametrize(("count", "padding"), [(600, 601), (2600, 37), (400, 300)])
+def test_samples_of_a_prompt_do_not_depend_on_padding(count: int, padding: int):
+    query = torch.randn(1, 4, count + padding, 8)
+    real = torch.arange(count + padding)[None] >= padding
+    padded, alone = sampled(1, 2, 8), sampled(1, 2, 8)
+    padded.sample(query, torch.tensor([0]), real)
+    alone.sample(query[:, :, padding:], torch.tensor([0]))
+    ours, theirs = padded.with_prompt(query, real), alone.with_prompt(query[:, :, padding:])
+    torch.testing.assert_close(ours.covariance(), theirs.covariance())

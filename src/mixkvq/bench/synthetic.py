@@ -187,3 +187,5 @@ def fill_store(store: StaticStore, blocks: PackedBlocks, stored: int) -> None:
     if store.all_statistics is not None:
         store.all_statistics.total.uniform_(0, stored)
         store.all_statistics.count.fill_(stored)
+        if store.all_statistics.samples is not None:
+            store.all_statistics.samples.normal_()

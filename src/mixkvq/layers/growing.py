@@ -64,11 +64,9 @@ class LayerCache:
         """What is known of the queries, those of new tokens included, for the blocks that these complete."""
         if self.statistics is None:
             return None
-        lengths = self.store.lengths
         self.statistics.update(step.query, step.real)
-        if step.length > 1 or any(length % SAMPLED_EVERY == 0 for length in lengths):
-            device = step.query.device
-            self.statistics.sample(step.query, torch.tensor(lengths, device=device), step.real)
+        if step.length > 1 or any(length % SAMPLED_EVERY == 0 for length in self.store.lengths):
+            self.statistics.sample(step.query, self.store.device_lengths(), step.real)
         return self.statistics.with_prompt(step.query, step.real)
 
     def _flush(self, blocks: FullBlocks, seen: QueryStatistics | None) -> None:

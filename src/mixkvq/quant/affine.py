@@ -1,4 +1,4 @@
-"""Asymmetric uniform quantization of groups, with two optional refinements of scale and zero.
+"""Uniform quantization of groups, with two optional refinements of scale and zero.
 
 For a group ``x`` and ``b`` bits (method section "Preliminaries" of arXiv 2512.19206, after KIVI)::
 
@@ -34,10 +34,10 @@ from torch import Tensor
 
 #: How far the range of a group is shrunk about its midpoint when a better clipping range is searched.
 CLIP_FACTORS = (1.0, 0.92, 0.84, 0.76, 0.68)
-#: The highest code of groups whose range is searched.
-CLIPPED_LEVELS = 7
 #: The same about 0, for symmetric groups: with few codes the best range ends well below the largest of many numbers.
 SYMMETRIC_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+#: The highest code of groups whose range is searched.
+CLIPPED_LEVELS = 7
 #: Bounds of the stretch that undoes shrinkage: a group far outside them is degenerate, not shrunk.
 GAINS = (0.5, 2.0)
 
@@ -68,7 +68,7 @@ def quantize(
     Args:
         x: ``[..., G]``, groups of ``G`` numbers.
         bits: 1 to 8, or an integer tensor that broadcasts against ``[..., 1]`` with a width for every group.
-        clip: choose, per group, the range among :data:`CLIP_FACTORS` (or :data:`SYMMETRIC_FACTORS`) with the least
+        clip: choose, per group of up to 3 bits, the range among :data:`CLIP_FACTORS` (or :data:`SYMMETRIC_FACTORS`) with the least
             squared error.
         unbiased: stretch scale and zero about the group's mean, so that the result is not shrunk.
         symmetric: ``zero`` is what :func:`symmetric_zero` makes of ``scale``.
@@ -79,6 +79,7 @@ def quantize(
     """
     x = x.float()
     levels = _levels(bits, x.device)
+    clip = clip and bool((levels <= CLIPPED_LEVELS).any())
     if symmetric:
         return _quantize_symmetric(x, levels, clip=clip, unbiased=unbiased, dtype=param_dtype)
     low, high = x.aminmax(dim=-1, keepdim=True)

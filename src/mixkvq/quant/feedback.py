@@ -7,7 +7,7 @@ the errors so far ask of it. With ``H = U D U^T``, ``U`` unit upper triangular::
     k~_i = Q(k_i + sum over j < i of (k_j - k~_j) U_ji)
 
 Channels of large heads are cut into parts of up to 128, so that a matrix fits where it is worked on: channel ``d`` of
-a head in P parts belongs to part ``d mod P``, and its errors travel within that. (Pairs of RoPE stay together.)
+a head in P parts belongs to part ``d mod P``, and its errors travel within that.
 
 This is LDLQ (QuIP, arXiv 2307.13304), which gives what GPTQ (2210.17323) gives, with keys in place of weights and
 queries in place of activations. The format does not change; only what is written does.
@@ -56,8 +56,9 @@ class Feedback(NamedTuple):
         count = order.shape[-1]
         part = torch.arange(count, device=order.device) % feedback_parts(count)
         together = part[:, None] == part
-        shares = together.float() / together.sum(0)
-        power = covariance.float().diagonal(dim1=-2, dim2=-1) @ shares
+        diagonal = covariance.float().diagonal(dim1=-2, dim2=-1)
+        # Not a product: what is not finite in one part must not reach another.
+        power = torch.where(together, diagonal[..., None], 0).sum(-2) / together.sum(0)
         power = power[..., None].expand_as(covariance)
         identity = torch.eye(count, dtype=torch.float32, device=order.device)
         usable = (power > 0) & power.isfinite()

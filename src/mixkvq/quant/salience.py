@@ -98,24 +98,27 @@ class QueryStatistics:
         slot = torch.arange(kept, device=query.device)
         number = newest - (newest - slot) % kept
         place = number * SAMPLED_EVERY - lengths[:, None]
-        column = torch.searchsorted(seen, place + 1).clamp(max=length - 1)
-        rows = torch.arange(batch, device=query.device)[:, None]
-        grouped = query.unflatten(1, (kv_heads, -1))
-        found = grouped[rows, :, number % grouped.shape[2], column].transpose(1, 2)
+        found = _queries(query, kv_heads, seen, place, number)
         self.samples.copy_(torch.where((place >= 0)[:, None, :, None], found, self.samples))
 
     def with_prompt(self, query: Tensor, real: Tensor | None = None) -> QueryStatistics:
-        """These, for the blocks that a prompt ``query [B, Hq, L, D]`` completes: with samples from all over it, too."""
-        length = query.shape[2]
-        if self.samples is None or length <= KEPT_SAMPLES * SAMPLED_EVERY:
+        """These, for the blocks that a prompt ``query [B, Hq, L, D]`` completes: with samples from all over it, too.
+
+        A sequence of at most 512 real tokens has no more: the ring holds its samples.
+        """
+        length, covered = query.shape[2], KEPT_SAMPLES * SAMPLED_EVERY
+        if self.samples is None or length <= covered:
             return self
-        every = SAMPLED_EVERY * -(-length // (SAMPLED_EVERY * PROMPT_SAMPLES))
-        grouped = query.unflatten(1, (self.samples.shape[1], -1))
-        column = torch.arange(0, length, every, device=query.device)
-        head = torch.arange(len(column), device=query.device) % grouped.shape[2]
-        found = grouped[:, :, head, column]
-        if real is not None:
-            found = torch.where(real[:, None, column, None], found, 0)
+        if real is None:
+            real = torch.ones(1, length, dtype=torch.bool, device=query.device).expand(query.shape[0], -1)
+        seen = real.cumsum(1)
+        count = seen[:, -1:]
+        every = SAMPLED_EVERY * (-count).div(SAMPLED_EVERY * PROMPT_SAMPLES, rounding_mode="floor").neg().clamp(min=1)
+        most = min(PROMPT_SAMPLES, -(-length // SAMPLED_EVERY))
+        number = torch.arange(most, device=query.device).expand(len(count), -1)
+        place = number * every
+        found = _queries(query, self.samples.shape[1], seen, place, number)
+        found = torch.where(((place < count) & (count > covered))[:, None, :, None], found, 0)
         samples = torch.cat([self.samples, found.to(self.samples.dtype)], 2)
         return QueryStatistics.of(self.total, self.count, samples)
 
@@ -144,3 +147,14 @@ class QueryStatistics:
     def tensors(self) -> list[Tensor]:
         """Every tensor that is held."""
         return [tensor for tensor in (self.total, self.count, self.samples) if tensor is not None]
+
+
+def _queries(query: Tensor, kv_heads: int, seen: Tensor, place: Tensor, number: Tensor) -> Tensor:
+    """``[B, Hkv, S, D]``: of each row's real tokens ``place [B, S]``, the query of head ``number`` modulo the group's.
+
+    ``query [B, Hq, L, D]``; ``seen [B, L]`` counts the real tokens. Places that are none give some query.
+    """
+    column = torch.searchsorted(seen.contiguous(), place + 1).clamp(max=query.shape[2] - 1)
+    rows = torch.arange(len(place), device=query.device)[:, None]
+    grouped = query.unflatten(1, (kv_heads, -1))
+    return grouped[rows, :, number % grouped.shape[2], column].transpose(1, 2)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from mixkvq.bench import BF16
-from mixkvq.report.figures import COLOURS, GREY, MARKERS, new_figure
+from mixkvq.report.figures import COLOURS, GREY, MARKERS, new_figure, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,21 +27,27 @@ def accuracy_figures(rows: Sequence[Row]) -> dict[str, Figure]:
     Raises:
         PlotError: matplotlib is missing.
     """
-    tasks: dict[str, list[Row]] = {}
+    tasks: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if {"accuracy", "low", "high", "lengths", "task"} <= set(row):
-            tasks.setdefault(row["task"], []).append(row)
-    figures = {f"accuracy-{task}": _accuracy(task, found) for task, found in tasks.items()}
-    nats = {row["cache"]: row["nats_per_chain"] for row in rows if "nats_per_chain" in row}
-    both = [row for row in tasks.get("reasoner", []) if row["cache"] in nats]
-    if len(both) > 1:
-        figures["accuracy-by-likelihood"] = _by_likelihood(both, nats)
+        if {"accuracy", "low", "high", "lengths", "task", "model"} <= set(row):
+            tasks.setdefault((row["task"], row["model"]), []).append(row)
+    single = len({model for _, model in tasks}) == 1
+    figures = {}
+    for (task, model), found in tasks.items():
+        about = task if single else f"{task}, {model}"
+        figures[slug(f"accuracy-{about}")] = _accuracy(about, found)
+        nats = {
+            row["cache"]: row["nats_per_chain"] for row in rows if "nats_per_chain" in row and row["model"] == model
+        }
+        both = [row for row in found if row["cache"] in nats]
+        if task == "reasoner" and len(both) > 1:
+            figures[slug(f"likelihood-{about}")] = _by_likelihood(both, nats)
     return figures
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """A colour and a marker for every cache; grey for full precision."""
-    others = iter(zip(COLOURS * 9, (marker for marker in MARKERS for _ in COLOURS), strict=False))
+    others = cycle((colour, marker) for marker in MARKERS for colour in COLOURS)
     styles = {}
     for row in rows:
         colour, marker = (GREY, "s") if row["cache"] == BF16 else next(others)
@@ -54,7 +61,9 @@ def _accuracy(task: str, rows: Sequence[Row]) -> Figure:
     figure, styles = new_figure(TWO if chains else ONE), _styles(rows)
     first, *more = figure.subplots(1, 2 if chains else 1, squeeze=False)[0]
     for row in rows:
-        if row["cache"] == BF16 or row["bits"] is None:
+        if row["bits"] is None:
+            continue  # nothing was long enough to be packed
+        if row["cache"] == BF16:
             first.axhspan(row["low"], row["high"], color=GREY, alpha=0.15, linewidth=0)
             first.axhline(row["accuracy"], color=GREY, linestyle="--", linewidth=1)
             first.annotate("BF16", (0.01, row["accuracy"]), xycoords=("axes fraction", "data"), va="top", fontsize=9)

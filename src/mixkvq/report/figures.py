@@ -36,5 +36,16 @@ def new_figure(size: tuple[float, float]) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as one of :data:`FORMATS`."""
+    """Write a figure as one of :data:`FORMATS`.
+
+    Raises:
+        PlotError: the name does not end in one of them.
+    """
+    if path.suffix not in FORMATS:
+        raise PlotError(f"'{path}': a picture's name ends in {' or '.join(FORMATS)}.")
     figure.savefig(path, **FORMATS[path.suffix])
+
+
+def slug(text: str) -> str:
+    """A file name of it."""
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text.lower())

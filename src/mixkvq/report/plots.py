@@ -1,4 +1,4 @@
-"""Pictures of the GPU measurements, drawn from the JSON files that the commands write."""
+"""Pictures of results, drawn from the JSON files that the commands write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixkvq.bench import BF16
 from mixkvq.report.accuracy import accuracy_figures
-from mixkvq.report.figures import COLOURS, FORMATS, GREY, MARKERS, PlotError, new_figure, save
+from mixkvq.report.figures import COLOURS, FORMATS, GREY, MARKERS, PlotError, new_figure, save, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +89,7 @@ def _read(file: Path) -> list[Row]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PlotError(f"Cannot read '{file}': {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) and {"cache", "device"} <= set(row) for row in rows):
-        raise PlotError(f"'{file}' does not hold results of mixkvq bench.")
+        raise PlotError(f"'{file}' does not hold results of mixkvq bench, eval or fidelity.")
     return rows
 
 
@@ -157,7 +157,7 @@ def _memories(rows: Iterable[Row]) -> list[Picture]:
         if drawable := _drawable(lines):
             pictures.append(
                 Picture(
-                    name=f"memory-{_slug(model)}",
+                    name=f"memory-{slug(model)}",
                     title=f"Cache of one sequence of {model}, everything counted",
                     x="tokens of context",
                     y="GB",
@@ -176,11 +176,7 @@ def _drawable(lines: Series) -> Series:
 
 def _name(name: str, device: str, devices: Iterable[str]) -> str:
     """A file name, with the device in it if there are several."""
-    return _slug(name if len(set(devices)) == 1 else f"{name}-{device}")
-
-
-def _slug(text: str) -> str:
-    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text.lower())
+    return slug(name if len(set(devices)) == 1 else f"{name}-{device}")
 
 
 # How it is drawn

@@ -85,7 +85,7 @@ class PagedStore:
             self.dense_keys[:, :, slots[0]] = keys[:, :, 0]
             self.dense_values[:, :, slots[0]] = values[:, :, 0]
         else:
-            _, filled = places(self._books.lengths(self.lengths), self.sinks, self.layout.tokens)
+            _, filled = places(self.device_lengths(), self.sinks, self.layout.tokens)
             rows, columns = torch.arange(self.batch, device=self.device), filled.long()
             self.dense_keys[rows, :, columns] = keys[:, :, 0].to(self.dense_keys.dtype)
             self.dense_values[rows, :, columns] = values[:, :, 0].to(self.dense_values.dtype)
@@ -194,6 +194,10 @@ class PagedStore:
         """Sinks and residual of all sequences."""
         return DenseTokens.of(self.dense_keys, self.dense_values, [self._filled(row) for row in range(self.batch)])
 
+    def device_lengths(self) -> Tensor:
+        """Tokens stored of each sequence, ``[B]`` int32 on the device: valid until the next change."""
+        return self._books.lengths(self.lengths)
+
     def cache_tensors(self, rotated: bool) -> CacheTensors:
         """The same for kernels on a device. The books are copied there only when something other than a step of one
         token has changed them.
@@ -208,7 +212,7 @@ class PagedStore:
             pages=self.pages.data,
             chunks=self.chunk_data,
             table=self._books.table(self.tables),
-            lengths=self._books.lengths(self.lengths),
+            lengths=self.device_lengths(),
             dense_keys=self.dense_keys,
             dense_values=self.dense_values,
         )

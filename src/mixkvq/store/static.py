@@ -33,7 +33,7 @@ class StaticStore:
         pages: ``[layers, P, nbytes]`` uint8.
         chunks: by promoted width, ``[C, nbytes]`` uint8; runs of all layers count from the start.
         dense_keys, dense_values: ``[layers, B, Hkv, sinks + R + 8, D]``.
-        all_statistics: sums of queries with ``layers * B`` rows, as :attr:`numbers` counts them, or None.
+        all_statistics: query statistics with ``layers * B`` rows, as :attr:`numbers` counts them, or None.
         books: lengths and block table, which all layers share.
         numbers, active: ``[layers * B]`` int32: the record in ``pages`` that each layer's residual of each sequence is
             to be packed into now, -1 for none; and 1 where there is one.
@@ -118,7 +118,7 @@ class StaticStore:
         self.books.reset()
         # The dense slots too: a masked slot must be finite, and what was there may be anything.
         dense = self.dense_keys, self.dense_values
-        for tensor in (*dense, *self._sums(), self.next_chunk, self.homeless):
+        for tensor in (*dense, *self._kept_of_queries(), self.next_chunk, self.homeless):
             tensor.zero_()
 
     # A step's tokens are in the residual
@@ -213,9 +213,9 @@ class StaticStore:
     def held(self) -> list[Tensor]:
         """Every tensor that is held."""
         own = [self.pages, *self.chunks.values(), self.dense_keys, self.dense_values]
-        return [*own, *self._sums(), *self._tables()]
+        return [*own, *self._kept_of_queries(), *self._tables()]
 
-    def _sums(self) -> list[Tensor]:
+    def _kept_of_queries(self) -> list[Tensor]:
         return self.all_statistics.tensors() if self.all_statistics is not None else []
 
     def _tables(self) -> list[Tensor]:
@@ -246,7 +246,7 @@ class StaticStore:
         dense = self.dense_keys.nbytes + self.dense_values.nbytes
         parts["sinks"] = dense * self.shape.sinks // self.slots
         parts["residual"] = dense - parts["sinks"]
-        parts["statistics"] = sum(tensor.nbytes for tensor in self._sums())
+        parts["statistics"] = sum(tensor.nbytes for tensor in self._kept_of_queries())
         parts["tables"] = sum(tensor.nbytes for tensor in self._tables())
         report.elements = layers * layout.token_elements * int(self.books.lengths.sum())
         report.check(self.held())

@@ -139,7 +139,7 @@ __device__ void attend_dense(const Arguments& a, const Rows& rows, int count, De
 // The queries that are sampled, of the new tokens.
 __device__ void keep_samples(const Arguments& a, const Rows& rows) {
     if (!a.samples || rows.first > 0) return;
-    u16* ring = a.samples + (rows.batch * KV_HEADS + rows.head) * KEPT_SAMPLES * HEAD_DIM;
+    u16* ring = a.samples + ((long long)rows.batch * KV_HEADS + rows.head) * KEPT_SAMPLES * HEAD_DIM;
     for (int token = 0; token < a.length; ++token) {
         const int position = a.lengths[rows.batch] + token, number = position / SAMPLED_EVERY;
         if (position % SAMPLED_EVERY) continue;

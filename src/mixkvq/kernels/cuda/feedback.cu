@@ -13,7 +13,7 @@ constexpr int THREADS = 256;
 constexpr int CHANNELS = HEAD_DIM / PARTS;
 constexpr int SIDE = CHANNELS / 16;
 constexpr int STAGED = 16;                // samples in shared memory at a time
-constexpr int STRIDE = TOKENS + 1;        // neither channels nor tokens next to each other share a bank
+constexpr int STRIDE = TOKENS + 1;        // neighbouring channels of a token lie in different banks
 constexpr int GROUP_LANES = KEY_GROUP / 4;
 static_assert(TOKENS == 128 && CHANNELS % 16 == 0 && CHANNELS <= 128, "a warp holds a channel, 256 threads a matrix");
 

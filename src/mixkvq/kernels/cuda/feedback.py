@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mixkvq.kernels.cuda.module import LaunchableKernel, address, capability, has_bindings, load_kernel, shared_limit
+from mixkvq.kernels.cuda.module import LaunchableKernel, address, has_bindings, load_kernel, shared_limit
 from mixkvq.quant.affine import CLIP_FACTORS, CLIPPED_LEVELS, GAINS
 from mixkvq.quant.block import DENSE_BITS
 from mixkvq.quant.feedback import feedback_parts
@@ -50,7 +50,7 @@ def unsupported(keys: Tensor, samples: Tensor, layout: PageLayout) -> str | None
     if reason := next((reason for fails, reason in checks if fails), None):
         return reason
     needed, limit = shared_bytes(channels), shared_limit(keys.device)
-    if capability(keys.device) < (8, 0) or needed > limit:
+    if needed > limit:
         return f"{needed:,} bytes of shared memory, of which the device has {limit:,}"
     return None
 
