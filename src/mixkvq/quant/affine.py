@@ -68,8 +68,8 @@ def quantize(
     Args:
         x: ``[..., G]``, groups of ``G`` numbers.
         bits: 1 to 8, or an integer tensor that broadcasts against ``[..., 1]`` with a width for every group.
-        clip: choose, per group of up to 3 bits, the range among :data:`CLIP_FACTORS` (or :data:`SYMMETRIC_FACTORS`) with the least
-            squared error.
+        clip: choose, per group of up to 3 bits, the range with the least squared error, among :data:`CLIP_FACTORS` or
+            :data:`SYMMETRIC_FACTORS`.
         unbiased: stretch scale and zero about the group's mean, so that the result is not shrunk.
         symmetric: ``zero`` is what :func:`symmetric_zero` makes of ``scale``.
         param_dtype: the type in which scales and zeros will be stored.

@@ -183,6 +183,7 @@ def _side(layout: PageLayout, name: str, group: int, clip: bool, unbiased: bool,
         else (layout.value_dim, layout.value_bits, layout.value_dim)
     )
     offsets, symmetric = layout.page.offsets, name == "value" and layout.value_symmetric
+    searched = 1 << bits <= CLIPPED_LEVELS + 1  # promoted widths are higher still
     return Side(
         dim=dim,
         bits=bits,
@@ -193,10 +194,7 @@ def _side(layout: PageLayout, name: str, group: int, clip: bool, unbiased: bool,
         copy=offsets.get(f"{name}s", 0),
         scale=offsets.get(f"{name}_scale", 0),
         zero=offsets.get(f"{name}_zero", 0),
-        # Promoted widths are higher still.
-        factors=(SYMMETRIC_FACTORS if symmetric else CLIP_FACTORS)[1:]
-        if clip and 1 << bits <= CLIPPED_LEVELS + 1
-        else (),
+        factors=(SYMMETRIC_FACTORS if symmetric else CLIP_FACTORS)[1:] if clip and searched else (),
         gains=GAINS if unbiased else (),
         symmetric=symmetric,
         tile=tile,
