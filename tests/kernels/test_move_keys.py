@@ -30,7 +30,6 @@ def move_keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
             pytest.skip("needs a GPU or g++")
         monkeypatch.setattr(cuda, "load_kernel", emulator.load_kernel)
         monkeypatch.setattr(cuda, "has_bindings", lambda: True)
-        monkeypatch.setattr(cuda, "capability", lambda device: (8, 0))
         monkeypatch.setattr(cuda, "shared_limit", lambda device: 1 << 18)
     return cuda.move_keys
 
