@@ -22,7 +22,7 @@ def row(cache: str, accuracy: float, bits: float | None, **more: object) -> dict
 
 ROWS = [row("bf16", 0.95, 16.0), row("default", 0.9, 2.7), row("kivi-2", 0.2, 3.0)]
 NATS = [
-    {"cache": name, "nats_per_chain": nats, "device": "a CPU", "model": "m"}
+    {"cache": name, "chains": {"nats_per_chain": nats}, "device": "a CPU", "model": "m"}
     for name, nats in (("default", 0.3), ("kivi-2", 90))
 ]
 

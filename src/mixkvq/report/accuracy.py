@@ -36,9 +36,8 @@ def accuracy_figures(rows: Sequence[Row]) -> dict[str, Figure]:
     for (task, model), found in tasks.items():
         about = task if single else f"{task}, {model}"
         figures[slug(f"accuracy-{about}")] = _accuracy(about, found)
-        nats = {
-            row["cache"]: row["nats_per_chain"] for row in rows if "nats_per_chain" in row and row["model"] == model
-        }
+        scored = (row for row in rows if "chains" in row and row["model"] == model)
+        nats = {row["cache"]: row["chains"]["nats_per_chain"] for row in scored}
         both = [row for row in found if row["cache"] in nats]
         if task == "reasoner" and len(both) > 1:
             figures[slug(f"likelihood-{about}")] = _by_likelihood(both, nats)
