@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 #: Inches of a picture with one panel, and of one with two.
-ONE, TWO = (6.4, 4.0), (10.0, 4.2)
+ONE, TWO = (7.2, 4.6), (10.0, 4.2)
 
 
 def accuracy_figures(rows: Sequence[Row]) -> dict[str, Figure]:
@@ -94,7 +94,7 @@ def _by_likelihood(rows: Sequence[Row], nats: Mapping[str, float]) -> Figure:
         axes.errorbar(nats[row["cache"]], row["accuracy"], reach, label=row["cache"], capsize=3, linestyle="", **style)
     axes.set_xscale("log")
     _furnish(axes, "nats per right chain", "right answers")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
