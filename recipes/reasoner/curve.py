@@ -11,7 +11,7 @@ import json
 from itertools import accumulate, cycle
 from pathlib import Path
 
-from mixkvq.report.figures import COLOURS, new_figure, save
+from mixkvq.report.figures import COLOURS, furnish, new_figure, save
 
 #: Steps whose mean is drawn.
 WINDOW = 20
@@ -38,10 +38,7 @@ def main() -> None:
         )
         before += training["tokens"] / 1e6
     axes.set_yscale("log")
-    axes.set_xlabel("million tokens")
-    axes.set_ylabel(f"loss, mean of {WINDOW} steps")
-    axes.grid(color="#dddddd", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
+    furnish(axes, "million tokens", f"loss, mean of {WINDOW} steps")
     axes.legend(frameon=False)
     save(figure, arguments.out)
 

@@ -9,7 +9,7 @@ from test_packed import oracle
 from conftest import layer_cache, random_step
 from mixkvq import MixKVQConfig
 from mixkvq.kernels import tickets
-from mixkvq.kernels.cuda import decode
+from mixkvq.kernels.cuda import decode, module
 from mixkvq.layers import LayerCache, Step
 from mixkvq.quant.salience import QueryStatistics
 
@@ -45,8 +45,8 @@ def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decode, "load_kernel", emulator.load_kernel)
         monkeypatch.setattr(decode, "has_bindings", lambda: True)
         monkeypatch.setattr(decode, "multiprocessors", lambda device: 6)
-        monkeypatch.setattr(decode, "capability", lambda device: (8, 0))
-        monkeypatch.setattr(decode, "shared_limit", lambda device: 1 << 18)
+        monkeypatch.setattr(module, "capability", lambda device: (8, 0))
+        monkeypatch.setattr(module, "shared_limit", lambda device: 1 << 18)
 
 
 def filled(
@@ -222,13 +222,13 @@ def test_what_it_leaves_to_triton(text: str, options: dict, reason: str):
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("has_bindings", False, "cuda-bindings"),
-        ("capability", (7, 5), "compute capability 7.5"),
-        ("shared_limit", 48 << 10, "bytes of shared memory"),
+        ("decode.has_bindings", False, "cuda-bindings"),
+        ("module.capability", (7, 5), "compute capability 7.5"),
+        ("module.shared_limit", 48 << 10, "bytes of shared memory"),
     ],
 )
 def test_devices_that_it_leaves_to_triton(name: str, value: object, reason: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(decode, name, lambda *_: value)
+    monkeypatch.setattr(f"mixkvq.kernels.cuda.{name}", lambda *_: value)
     monkeypatch.setattr(decode, "_unsupported", decode._unsupported.__wrapped__)
     cache, step = filled("paper:tau_bf16=2.2,tau_uint4=1.2", [3], dim=128, heads=8)
     assert reason in (decode.unsupported(step.query, cache_tensors(cache)) or "")

@@ -6,9 +6,9 @@ import torch
 
 from mixkvq import MixKVQConfig
 from mixkvq.kernels.cuda import feedback as cuda
+from mixkvq.kernels.cuda import module
 from mixkvq.layers.recipe import Recipe
 from mixkvq.policies import policy_class
-from mixkvq.quant.block import quantize_keys
 from mixkvq.quant.feedback import feedback_parts
 from mixkvq.quant.salience import QueryStatistics
 
@@ -30,21 +30,15 @@ def move_keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
             pytest.skip("needs a GPU or g++")
         monkeypatch.setattr(cuda, "load_kernel", emulator.load_kernel)
         monkeypatch.setattr(cuda, "has_bindings", lambda: True)
-        monkeypatch.setattr(cuda, "shared_limit", lambda device: 1 << 18)
+        monkeypatch.setattr(module, "capability", lambda device: (8, 0))
+        monkeypatch.setattr(module, "shared_limit", lambda device: 1 << 18)
     return cuda.move_keys
 
 
-def dequantized(keys: torch.Tensor, bits: torch.Tensor, config: MixKVQConfig, feedback=None) -> torch.Tensor:
-    q = quantize_keys(
-        keys,
-        bits,
-        group=config.key_group,
-        clip=config.key_clip,
-        unbiased=config.key_unbiased,
-        param_dtype=config.param_dtype,
-        feedback=feedback,
-    )
-    scale, zero = (x.repeat_interleave(config.key_group, 2) for x in (q.scale, q.zero))
+def dequantized(recipe: Recipe, keys: torch.Tensor, bits: torch.Tensor, statistics=None) -> torch.Tensor:
+    """What the reference makes of keys, with feedback if there are statistics."""
+    q, _ = recipe.quantize(keys, keys, bits, statistics)
+    scale, zero = (x.repeat_interleave(recipe.config.key_group, 2) for x in (q.scale, q.zero))
     return torch.where((bits == 16)[:, :, None], keys.float(), q.codes * scale + zero)
 
 
@@ -87,7 +81,7 @@ def test_it_moves_keys_to_where_the_reference_rounds_them_from(
     blocks = torch.stack([keys[r, :, s : s + size] for r, s in zip(rows, starts, strict=True)])
     of_blocks = statistics.rows(torch.tensor(rows, device=DEVICE))
     bits = recipe.plan(blocks, of_blocks)
-    expected = dequantized(blocks, bits, config, recipe.feedback(blocks, bits, of_blocks))
+    expected = dequantized(recipe, blocks, bits, of_blocks)
 
     if move_keys is not cuda.move_keys and DEVICE.type == "cpu" and dim > 144:
         pytest.skip("takes minutes when it is interpreted")
@@ -106,14 +100,14 @@ def test_it_moves_keys_to_where_the_reference_rounds_them_from(
         key_unbiased=config.key_unbiased,
     )
     moved = torch.stack([keys[r, :, s : s + size] for r, s in zip(rows, starts, strict=True)])
-    written = dequantized(moved, bits, config)
+    written = dequantized(recipe, moved, bits)
     exact = (bits == 16)[:, :, None].expand_as(moved)
     assert torch.equal(moved[exact], blocks[exact])
     assert torch.equal(keys[2], before[2])  # not active
     covariance = of_blocks.covariance()[:3]
     ours, theirs, unmoved = (
         logit_error(blocks[:3].float(), x[:3], covariance)
-        for x in (written, expected, dequantized(blocks, bits, config))
+        for x in (written, expected, dequantized(recipe, blocks, bits))
     )
     assert (ours < 0.95 * unmoved).float().mean() > 0.8
     assert torch.allclose(ours.mean(), theirs.mean(), rtol=0.1)

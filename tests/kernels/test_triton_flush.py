@@ -20,7 +20,6 @@ from mixkvq.layers import Step
 from mixkvq.policies import KeyBlock, PlanRule, Policy, policy_class
 from mixkvq.policies.kivi import KIVI
 from mixkvq.policies.mixkvq import MixKVQ
-from mixkvq.quant.block import quantize_keys, quantize_values
 from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store import PagedStore
 
@@ -54,24 +53,7 @@ class Blocks:
         bits = policy_class(config.policy)(config).plan(KeyBlock(keys, importance))
         store.write(
             rows,
-            quantize_keys(
-                keys,
-                bits,
-                group=config.key_group,
-                clip=config.key_clip,
-                unbiased=config.key_unbiased,
-                param_dtype=config.param_dtype,
-            ),
-            quantize_values(
-                values,
-                config.value_bits,
-                groups=layout.value_groups,
-                clip=config.value_clip,
-                unbiased=config.value_unbiased,
-                symmetric=config.value_symmetric,
-                rotation=cache.rotated,
-                param_dtype=config.param_dtype,
-            ),
+            *cache.recipe.quantize(keys, values, bits, None),
         )
         return cls(config, step, rows, starts, bits, store, cache.rotated)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from mixkvq.config import MixKVQConfig
 from mixkvq.kernels.decode import has_kernels
 from mixkvq.policies import KeyBlock, Policy, policy_class
+from mixkvq.quant.affine import is_clipped
 from mixkvq.quant.block import DENSE_BITS, QuantizedKeys, QuantizedValues, quantize_keys, quantize_values
 from mixkvq.quant.feedback import Feedback, rounding_order
 from mixkvq.quant.salience import QueryStatistics
@@ -112,10 +113,10 @@ class Recipe:
                 keys,
                 bits,
                 group=config.key_group,
-                clip=config.key_clip,
+                clip=config.key_clip and is_clipped(config.key_bits),  # promoted widths are higher still
                 unbiased=config.key_unbiased,
                 param_dtype=config.param_dtype,
-                feedback=self.feedback(keys, bits, statistics),
+                feedback=self._feedback(keys, bits, statistics),
             ),
             quantize_values(
                 values,
@@ -129,7 +130,7 @@ class Recipe:
             ),
         )
 
-    def feedback(self, keys: Tensor, bits: Tensor, statistics: QueryStatistics | None) -> Feedback | None:
+    def _feedback(self, keys: Tensor, bits: Tensor, statistics: QueryStatistics | None) -> Feedback | None:
         """How errors travel in blocks ``keys [N, Hkv, R, D]`` planned at ``bits``, a row of statistics each."""
         damping = self.config.key_feedback
         covariance = None if statistics is None else statistics.covariance()

@@ -79,7 +79,8 @@ def quantize(
     """
     x = x.float()
     levels = _levels(bits, x.device)
-    clip = clip and bool((levels <= CLIPPED_LEVELS).any())
+    if isinstance(bits, int):
+        clip = clip and is_clipped(bits)
     if symmetric:
         return _quantize_symmetric(x, levels, clip=clip, unbiased=unbiased, dtype=param_dtype)
     low, high = x.aminmax(dim=-1, keepdim=True)
@@ -89,9 +90,18 @@ def quantize(
     return _stretch(x, q, param_dtype) if unbiased else q
 
 
+def is_clipped(bits: int) -> bool:
+    """Whether ranges of groups of so many bits are searched."""
+    return 1 << bits <= CLIPPED_LEVELS + 1
+
+
 def symmetric_zero(scale: Tensor, bits: int | Tensor) -> Tensor:
     """The zero of symmetric groups, ``-(2^bits - 1) / 2 * scale`` in float32."""
-    return -0.5 * _levels(bits, scale.device) * scale.float()
+    return _symmetric_zero(scale.float(), _levels(bits, scale.device))
+
+
+def _symmetric_zero(scale: Tensor, levels: Tensor) -> Tensor:
+    return -0.5 * levels * scale
 
 
 def _quantize_symmetric(x: Tensor, levels: Tensor, *, clip: bool, unbiased: bool, dtype: torch.dtype) -> Affine:
@@ -106,14 +116,13 @@ def _quantize_symmetric(x: Tensor, levels: Tensor, *, clip: bool, unbiased: bool
         return best
     power = x.square().sum(-1, keepdim=True)
     overlap = (x * dequantize(*best)).sum(-1, keepdim=True)
-    gain = torch.where(overlap > 0, power / overlap, 1.0).clamp(*GAINS)
-    scale = torch.where(best.scale > 0, storable(best.scale * gain, dtype), best.scale)
-    return Affine(best.codes, scale, -0.5 * levels * scale)
+    scale = torch.where(best.scale > 0, storable(best.scale * _gain(power, overlap), dtype), best.scale)
+    return Affine(best.codes, scale, _symmetric_zero(scale, levels))
 
 
 def _quantize_about_0(x: Tensor, top: Tensor, levels: Tensor, dtype: torch.dtype) -> Affine:
     scale = storable(2 * top / levels, dtype)
-    return _encode(x, scale, -0.5 * levels * scale, levels)
+    return _encode(x, scale, _symmetric_zero(scale, levels), levels)
 
 
 def _search_clip(x: Tensor, low: Tensor, high: Tensor, levels: Tensor, best: Affine, dtype: torch.dtype) -> Affine:
@@ -139,7 +148,7 @@ def _stretch(x: Tensor, q: Affine, dtype: torch.dtype) -> Affine:
     centred = x - mean
     power = centred.square().sum(-1, keepdim=True)
     overlap = (centred * (restored - restored_mean)).sum(-1, keepdim=True)
-    gain = torch.where(overlap > 0, power / overlap, 1.0).clamp(*GAINS)
+    gain = _gain(power, overlap)
     zero = mean + gain * (q.zero - restored_mean)
     varies = q.scale > 0
     return Affine(
@@ -147,6 +156,11 @@ def _stretch(x: Tensor, q: Affine, dtype: torch.dtype) -> Affine:
         torch.where(varies, storable(q.scale * gain, dtype), q.scale),
         torch.where(varies, storable(zero, dtype), q.zero),
     )
+
+
+def _gain(power: Tensor, overlap: Tensor) -> Tensor:
+    """The stretch that undoes shrinkage."""
+    return torch.where(overlap > 0, power / overlap, 1.0).clamp(*GAINS)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -89,11 +89,8 @@ class QueryStatistics:
         """
         if self.samples is None:
             return
-        batch, _, length, _ = query.shape
         kv_heads, kept = self.samples.shape[1:3]
-        if real is None:
-            real = torch.ones(batch, length, dtype=torch.bool, device=query.device)
-        seen = real.cumsum(1)
+        seen = _real_so_far(query, real)
         newest = (lengths + seen[:, -1] - 1).long().div(SAMPLED_EVERY, rounding_mode="floor")[:, None]
         slot = torch.arange(kept, device=query.device)
         number = newest - (newest - slot) % kept
@@ -109,9 +106,7 @@ class QueryStatistics:
         length, covered = query.shape[2], KEPT_SAMPLES * SAMPLED_EVERY
         if self.samples is None or length <= covered:
             return self
-        if real is None:
-            real = torch.ones(1, length, dtype=torch.bool, device=query.device).expand(query.shape[0], -1)
-        seen = real.cumsum(1)
+        seen = _real_so_far(query, real)
         count = seen[:, -1:]
         every = SAMPLED_EVERY * (-count).div(SAMPLED_EVERY * PROMPT_SAMPLES, rounding_mode="floor").neg().clamp(min=1)
         most = min(PROMPT_SAMPLES, -(-length // SAMPLED_EVERY))
@@ -149,12 +144,20 @@ class QueryStatistics:
         return [tensor for tensor in (self.total, self.count, self.samples) if tensor is not None]
 
 
+def _real_so_far(query: Tensor, real: Tensor | None) -> Tensor:
+    """``[B, L]``: real tokens up to each of ``query [B, Hq, L, D]``."""
+    batch, _, length, _ = query.shape
+    if real is None:
+        return torch.arange(1, length + 1, device=query.device).repeat(batch, 1)
+    return real.cumsum(1)
+
+
 def _queries(query: Tensor, kv_heads: int, seen: Tensor, place: Tensor, number: Tensor) -> Tensor:
     """``[B, Hkv, S, D]``: of each row's real tokens ``place [B, S]``, the query of head ``number`` modulo the group's.
 
     ``query [B, Hq, L, D]``; ``seen [B, L]`` counts the real tokens. Places that are none give some query.
     """
-    column = torch.searchsorted(seen.contiguous(), place + 1).clamp(max=query.shape[2] - 1)
+    column = torch.searchsorted(seen, place + 1).clamp(max=query.shape[2] - 1)
     rows = torch.arange(len(place), device=query.device)[:, None]
     grouped = query.unflatten(1, (kv_heads, -1))
     return grouped[rows, :, number % grouped.shape[2], column].transpose(1, 2)

@@ -7,7 +7,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from mixkvq.bench import BF16
-from mixkvq.report.figures import COLOURS, GREY, MARKERS, new_figure, slug
+from mixkvq.report.figures import COLOURS, GREY, MARKERS, furnish, new_figure, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,8 +67,7 @@ def _accuracy(task: str, rows: Sequence[Row]) -> Figure:
             first.axhline(row["accuracy"], color=GREY, linestyle="--", linewidth=1)
             first.annotate("BF16", (0.01, row["accuracy"]), xycoords=("axes fraction", "data"), va="top", fontsize=9)
             continue
-        reach = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
-        first.errorbar(row["bits"], row["accuracy"], reach, label=row["cache"], capsize=3, **styles[row["cache"]])
+        _point(first, row["bits"], row, styles)
     _furnish(first, "honest bits per element", f"right answers, {rows[0]['questions']:,} questions")
     for axes in more:
         names = list(dict.fromkeys(name for row in rows for name in row["lengths"]))
@@ -89,21 +88,20 @@ def _by_likelihood(rows: Sequence[Row], nats: Mapping[str, float]) -> Figure:
     figure, styles = new_figure(ONE), _styles(rows)
     axes = figure.add_subplot()
     for row in rows:
-        reach = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
-        style = styles[row["cache"]]
-        axes.errorbar(nats[row["cache"]], row["accuracy"], reach, label=row["cache"], capsize=3, linestyle="", **style)
+        _point(axes, nats[row["cache"]], row, styles)
     axes.set_xscale("log")
     _furnish(axes, "nats per right chain", "right answers")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
+def _point(axes: Axes, x: float, row: Row, styles: Mapping[str, dict[str, Any]]) -> None:
+    """A cache's accuracy with its interval."""
+    reach = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
+    axes.errorbar(x, row["accuracy"], reach, label=row["cache"], capsize=3, linestyle="", **styles[row["cache"]])
+
+
 def _furnish(axes: Axes, x: str, y: str) -> None:
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.tick_params(labelsize=9, length=3)
-    axes.set_xlabel(x, fontsize=10)
-    axes.set_ylabel(y, fontsize=10)
-    axes.grid(color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    furnish(axes, x, y)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 #: Of lines, in order; told apart by readers who do not see all colours (Okabe and Ito). BF16 is grey.
@@ -33,6 +34,16 @@ def new_figure(size: tuple[float, float]) -> Figure:
     except ImportError:
         raise PlotError('Pictures take the "plots" extra: pip install "mixkvq[plots]".') from None
     return Figure(figsize=size, layout="constrained")
+
+
+def furnish(axes: Axes, x: str, y: str) -> None:
+    """Words, grid and ticks, as all lines and points have them."""
+    axes.tick_params(labelsize=9, length=3)
+    axes.set_xlabel(x, fontsize=10)
+    axes.set_ylabel(y, fontsize=10)
+    axes.grid(color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure: Figure, path: Path) -> None:

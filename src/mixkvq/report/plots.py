@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixkvq.bench import BF16
 from mixkvq.report.accuracy import accuracy_figures
-from mixkvq.report.figures import COLOURS, FORMATS, GREY, MARKERS, PlotError, new_figure, save, slug
+from mixkvq.report.figures import COLOURS, FORMATS, GREY, MARKERS, PlotError, furnish, new_figure, save, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -227,11 +227,6 @@ def _furnish(axes: Axes, picture: Picture) -> None:
     else:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.6g}")
-    axes.tick_params(labelsize=9, length=3)
-    axes.set_xlabel(picture.x, fontsize=10)
-    axes.set_ylabel(picture.y, fontsize=10)
+    furnish(axes, picture.x, picture.y)
     axes.set_title(picture.title, fontsize=11, loc="left")
-    axes.grid(color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="best")

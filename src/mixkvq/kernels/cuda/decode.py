@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mixkvq.kernels.cuda.module import LaunchableKernel, address, capability, has_bindings, load_kernel, shared_limit
+from mixkvq.kernels.cuda.module import NO_BINDINGS, LaunchableKernel, address, has_bindings, load_kernel, refusal
 from mixkvq.kernels.device import multiprocessors
 from mixkvq.kernels.tickets import tickets
 from mixkvq.quant.block import DENSE_BITS
@@ -28,8 +28,6 @@ MAX_PARTS = 256
 TOKENS = 128
 #: Chunks of low bits that a warp copies ahead; a head with more has the others copied at its turn.
 STAGED_CHUNKS = 4
-#: The first compute capability that has all its instructions: asynchronous copies, 8-bit products of this shape.
-CAPABILITY = (8, 0)
 
 
 class Arguments(ctypes.Structure):
@@ -58,7 +56,7 @@ class Arguments(ctypes.Structure):
 def unsupported(query: Tensor, tensors: CacheTensors) -> str | None:
     """Why the kernel cannot serve a step, or None if it can."""
     if not has_bindings():
-        return "the package cuda-bindings is missing, or the libraries that it needs"
+        return NO_BINDINGS
     return _unsupported(tensors.layout, tensors.sinks, query.dtype, query.device, _row_tiles(query, tensors.layout))
 
 
@@ -81,11 +79,7 @@ def _unsupported(
     )
     if reason := next((reason for fails, reason in checks if fails), None):
         return reason
-    found, limit = capability(device), shared_limit(device)
-    if found < CAPABILITY:
-        return "compute capability {}.{}".format(*found)
-    needed = shared_bytes(layout, sinks, row_tiles)
-    return None if needed <= limit else f"{needed:,} bytes of shared memory, of which the device has {limit:,}"
+    return refusal(device, shared_bytes(layout, sinks, row_tiles))
 
 
 def shared_bytes(layout: PageLayout, sinks: int, row_tiles: int) -> int:

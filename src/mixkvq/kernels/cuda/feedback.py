@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mixkvq.kernels.cuda.module import LaunchableKernel, address, has_bindings, load_kernel, shared_limit
+from mixkvq.kernels.cuda.module import NO_BINDINGS, LaunchableKernel, address, has_bindings, load_kernel, refusal
 from mixkvq.quant.affine import CLIP_FACTORS, CLIPPED_LEVELS, GAINS
 from mixkvq.quant.block import DENSE_BITS
 from mixkvq.quant.feedback import feedback_parts
@@ -36,12 +36,12 @@ class Arguments(ctypes.Structure):
 def unsupported(keys: Tensor, samples: Tensor, layout: PageLayout) -> str | None:
     """Why the kernel cannot move such keys, or None if it can."""
     if not has_bindings():
-        return "the package cuda-bindings is missing, or the libraries that it needs"
-    channels = layout.key_dim // feedback_parts(layout.key_dim)
+        return NO_BINDINGS
+    parts = feedback_parts(layout.key_dim)
     checks = (
         (layout.tokens != TOKENS, f"pages of {layout.tokens} tokens"),
         (layout.key_group not in (32, 64, 128), f"key groups of {layout.key_group} tokens"),
-        (layout.key_dim % (16 * feedback_parts(layout.key_dim)) != 0, f"head dimension {layout.key_dim}"),
+        (layout.key_dim % (16 * parts) != 0, f"head dimension {layout.key_dim}"),
         (layout.param_dtype != torch.float16, f"scales in {layout.param_dtype}"),
         (keys.dtype not in (torch.bfloat16, torch.float16), f"keys in {keys.dtype}"),
         (samples.dtype != keys.dtype, f"keys in {keys.dtype} and samples in {samples.dtype}"),
@@ -49,10 +49,7 @@ def unsupported(keys: Tensor, samples: Tensor, layout: PageLayout) -> str | None
     )
     if reason := next((reason for fails, reason in checks if fails), None):
         return reason
-    needed, limit = shared_bytes(channels), shared_limit(keys.device)
-    if needed > limit:
-        return f"{needed:,} bytes of shared memory, of which the device has {limit:,}"
-    return None
+    return refusal(keys.device, shared_bytes(layout.key_dim // parts))
 
 
 def shared_bytes(channels: int) -> int:

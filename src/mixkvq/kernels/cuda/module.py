@@ -23,6 +23,11 @@ HEADERS = (
     "merge.cuh",
 )
 
+#: The first compute capability that has all instructions of these kernels: asynchronous copies, 8-bit products.
+CAPABILITY = (8, 0)
+#: Why no kernel of this folder can run, where :func:`has_bindings` says so.
+NO_BINDINGS = "the package cuda-bindings is missing, or the libraries that it needs"
+
 
 class CudaError(RuntimeError):
     """NVRTC or the driver refused something."""
@@ -98,6 +103,14 @@ def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that a block of threads can have."""
     properties = torch.cuda.get_device_properties(device)
     return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+def refusal(device: torch.device, shared: int) -> str | None:
+    """Why a device cannot run a kernel that needs so many bytes of shared memory, or None if it can."""
+    found, limit = capability(device), shared_limit(device)
+    if found < CAPABILITY:
+        return "compute capability {}.{}".format(*found)
+    return None if shared <= limit else f"{shared:,} bytes of shared memory, of which the device has {limit:,}"
 
 
 def address(x: torch.Tensor | None) -> int | None:

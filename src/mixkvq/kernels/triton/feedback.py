@@ -154,7 +154,7 @@ def products(samples, stride, count, inside, CHANNELS: tl.constexpr):
 
 @triton.jit
 def inverse(matrix, number, COUNT: tl.constexpr):
-    """Of a positive definite matrix, by sweeping its first ``count`` rows, which are numbered, one after the other."""
+    """Of a positive definite matrix, by sweeping its first ``COUNT`` rows, which are numbered, one after the other."""
     for i in range(COUNT):
         here = number == i
         line = tl.sum(tl.where(here[:, None], matrix, 0.0), axis=0)

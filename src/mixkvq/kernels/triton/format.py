@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mixkvq.quant.affine import CLIP_FACTORS, CLIPPED_LEVELS, GAINS, SYMMETRIC_FACTORS
+from mixkvq.quant.affine import CLIP_FACTORS, GAINS, SYMMETRIC_FACTORS, is_clipped
 from mixkvq.quant.block import DENSE_BITS
 from mixkvq.quant.planes import WORD_BITS, plane_widths
 from mixkvq.store.layout import PageLayout, Record
@@ -183,7 +183,6 @@ def _side(layout: PageLayout, name: str, group: int, clip: bool, unbiased: bool,
         else (layout.value_dim, layout.value_bits, layout.value_dim)
     )
     offsets, symmetric = layout.page.offsets, name == "value" and layout.value_symmetric
-    searched = 1 << bits <= CLIPPED_LEVELS + 1  # promoted widths are higher still
     return Side(
         dim=dim,
         bits=bits,
@@ -194,7 +193,7 @@ def _side(layout: PageLayout, name: str, group: int, clip: bool, unbiased: bool,
         copy=offsets.get(f"{name}s", 0),
         scale=offsets.get(f"{name}_scale", 0),
         zero=offsets.get(f"{name}_zero", 0),
-        factors=(SYMMETRIC_FACTORS if symmetric else CLIP_FACTORS)[1:] if clip and searched else (),
+        factors=(SYMMETRIC_FACTORS if symmetric else CLIP_FACTORS)[1:] if clip and is_clipped(bits) else (),
         gains=GAINS if unbiased else (),
         symmetric=symmetric,
         tile=tile,
