@@ -127,7 +127,16 @@ def load_kernel(source: str, name: str, macros: tuple[tuple[str, int], ...], dev
     """
     with torch.cuda.device(device):
         major, minor = torch.cuda.get_device_capability(device)
+        _enter_context(device)
         return Kernel(compile_source(source, dict(macros), f"sm_{major}{minor}"), name)
+
+
+def _enter_context(device: int) -> None:
+    """Make the device's primary context current, as torch does with a thread's first kernel."""
+    from cuda.bindings import driver
+
+    if int(_check(driver.cuCtxGetCurrent())) == 0:
+        _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(device))))
 
 
 def compile_source(source: str, macros: Mapping[str, int], architecture: str) -> bytes:
