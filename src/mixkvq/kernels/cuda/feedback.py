@@ -54,7 +54,7 @@ def unsupported(keys: Tensor, samples: Tensor, layout: PageLayout) -> str | None
 
 def shared_bytes(channels: int) -> int:
     """``sizeof(Memory)`` of ``feedback.cu``."""
-    return 4 * (channels * (TOKENS + 1) + (16 + 2) * channels + TOKENS + 4 * channels)
+    return 4 * (channels * channels + 2 * TOKENS) + 2 * channels * (TOKENS + 4) + 2 * channels
 
 
 def move_keys(
