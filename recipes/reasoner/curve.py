@@ -1,6 +1,7 @@
 """Draw the loss of one training after the other.
 
-python recipes/reasoner/curve.py recipes/reasoner/adapter/training_first.json recipes/reasoner/adapter/training.json \
+python recipes/reasoner/curve.py recipes/reasoner/adapter/training_first.json \
+    recipes/reasoner/adapter/training_second.json recipes/reasoner/adapter/training.json \
     --out docs/images/reasoner-training.png
 """
 

@@ -18,9 +18,15 @@ import torch
 PROMOTED_BITS = 4
 #: Widths that codes can have; 16 stands for "not quantized, the model's own type".
 BITS = (2, 3, 4, 8, 16)
+#: Fields that all layers of a cache have in common.
+SHARED_FIELDS = ("residual_length", "sinks", "scale_dtype", "debug", "layers", "model")
 #: Damping below which a covariance of few queries cannot be factored in float32.
 MIN_DAMPING = 1e-3
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+#: What a layer has of its own: fields and their values, sorted by name.
+LayerFields = tuple[tuple[str, Any], ...]
 
 
 class ConfigError(ValueError):
@@ -63,6 +69,10 @@ class MixKVQConfig:
         salience: "query" is the paper's ``I_d * S_d``; "error" leaves out the query (its ablation).
         scale_dtype: type that scales and zeros are stored in.
         debug: check keys and values for NaN and infinity, and masks for hidden past tokens, at every step.
+        layers: what differs in each layer of the model, as a mapping of fields for every one of them, such as
+            ``[{"budget": 3.2}, {}, ...]``. Calibrations bring these (docs/calibration.md). Kept as sorted pairs.
+        model: the model that ``layers`` are for, as :func:`mixkvq.adapters.transformers.model_shape` describes it; a
+            cache for another model refuses the configuration.
     """
 
     policy: str = "mixkvq"
@@ -86,6 +96,8 @@ class MixKVQConfig:
     salience: Literal["query", "error"] = "query"
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     debug: bool = False
+    layers: tuple[LayerFields, ...] = ()
+    model: str | None = None
 
     def __post_init__(self) -> None:
         for field in ("residual_length", "sinks", "key_bits", "key_group", "value_bits", "value_group"):
@@ -134,6 +146,31 @@ class MixKVQConfig:
         from mixkvq.policies import policy_class
 
         policy_class(self.policy).check(self)
+        object.__setattr__(self, "layers", self._checked_layers())
+
+    def _checked_layers(self) -> tuple[LayerFields, ...]:
+        """:attr:`layers` as sorted pairs, each of which makes a valid configuration."""
+        checked = []
+        for index, given in enumerate(self.layers):
+            try:
+                fields = dict(given)
+            except (TypeError, ValueError):
+                raise ConfigError(f"layers[{index}] is a mapping of fields; {given!r} was given.") from None
+            for field in fields:
+                if field not in _field_names():
+                    raise ConfigError(f"layers[{index}]: {_unknown('field', field, _field_names())}")
+                if field in SHARED_FIELDS:
+                    raise ConfigError(f"layers[{index}]: {field} is the same for all layers of a cache.")
+            try:
+                self.replace(layers=(), **fields)
+            except ConfigError as error:
+                raise ConfigError(f"layers[{index}]: {error}") from None
+            checked.append(tuple(sorted(fields.items())))
+        return tuple(checked)
+
+    def for_layer(self, index: int) -> MixKVQConfig:
+        """What layer ``index`` of the model stores by: a configuration without :attr:`layers`."""
+        return self.replace(layers=(), **dict(self.layers[index])) if self.layers else self
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> MixKVQConfig:
@@ -152,7 +189,10 @@ class MixKVQConfig:
 
     @classmethod
     def parse(cls, text: str) -> MixKVQConfig:
-        """A preset as the command line writes it: ``name`` or ``name:field=value,field=value``."""
+        """A preset as the command line writes it: ``name`` or ``name:field=value,field=value``.
+
+        In place of a preset's name, that of a file: a calibration (:mod:`mixkvq.calibrate.file`) or a configuration.
+        """
         name, _, rest = text.strip().partition(":")
         overrides: dict[str, Any] = {}
         for item in filter(None, (part.strip() for part in rest.split(","))):
@@ -162,6 +202,10 @@ class MixKVQConfig:
             if field.strip() not in _field_names():
                 raise ConfigError(_unknown("field", field.strip(), _field_names()))
             overrides[field.strip()] = _parse_value(field.strip(), value.strip())
+        if name.endswith(".json"):
+            from mixkvq.calibrate.file import read_config
+
+            return read_config(Path(name)).replace(**overrides)
         return cls.preset(name, **overrides)
 
     def replace(self, **changes: Any) -> MixKVQConfig:
@@ -170,7 +214,12 @@ class MixKVQConfig:
 
     def to_json(self) -> str:
         """All fields as a JSON object."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        return json.dumps(self.as_dict(), indent=2)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**own, "layers": [dict(fields) for fields in self.layers]}
 
     @classmethod
     def from_json(cls, text: str | Path) -> MixKVQConfig:
@@ -179,6 +228,11 @@ class MixKVQConfig:
             raw = json.loads(text.read_text() if isinstance(text, Path) else text)
         except json.JSONDecodeError as error:
             raise ConfigError(f"This is not JSON: {error}") from error
+        return cls.from_dict(raw)
+
+    @classmethod
+    def from_dict(cls, raw: Any) -> MixKVQConfig:
+        """From :meth:`as_dict`'s fields."""
         if not isinstance(raw, dict):
             raise ConfigError("A configuration is a JSON object of fields.")
         unknown = set(raw) - _field_names()

@@ -162,7 +162,7 @@ class PackedDecoding(Decoding):
         cache = MixKVQStaticCache(model.config, blocks.config, max_tokens=batch * (stored + room))
         super().__init__(model, cache, NAME, batch)
         super().step()  # one token, which makes the store
-        fill_store(cache.state.cache.store, blocks, stored)
+        fill_store(cache.state.cache.store_of(0), blocks, stored)
         assert cache.state.positions is not None
         cache.state.positions.fill_(stored)
         self.static_cache = cache

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from transformers import PreTrainedModel
 
 from mixkvq.bench.environment import environment
+from mixkvq.calibrate.budget import KEY_BUDGETS, Choice, Menu, Text, check_base, measure_menu, smallest
+from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.thresholds import thresholds_for_bits
+from mixkvq.calibrate.trials import Trials
 from mixkvq.cli.common import (
+    CacheHelp,
     DeviceOption,
     JsonOption,
     ModelOption,
+    ReasonerOption,
     TextOption,
     WindowsOption,
     check_writable,
@@ -21,12 +30,27 @@ from mixkvq.cli.common import (
     output,
     parse_dtype,
     progress,
+    reasoner_adapter,
     write_json,
 )
-from mixkvq.evaluate.texts import windows
-from mixkvq.models import DEFAULT_MODEL
+from mixkvq.config import MixKVQConfig
+from mixkvq.evaluate import fidelity as measure
+from mixkvq.evaluate.chains import encode
+from mixkvq.evaluate.likelihood import pieces
+from mixkvq.evaluate.problems import problem_set
+from mixkvq.evaluate.texts import BUILT_IN, windows
+from mixkvq.models import DEFAULT_MODEL, merge_adapter
+from mixkvq.report.tables import calibration_table
 
 calibrate = typer.Typer(help="Find a configuration for a model.", no_args_is_help=True)
+
+
+#: Problems whose chains are calibrated on; others judge what was found.
+SPLIT = "calibration"
+
+TrialsOption = Annotated[
+    Path | None, typer.Option("--trials", help="Keep measurements here, and go on from those that are there.")
+]
 
 
 @calibrate.callback()
@@ -57,3 +81,124 @@ def thresholds(
         output.print(f"paper:tau_bf16={found.tau_bf16:.4g},tau_uint4={found.tau_uint4:.4g}", soft_wrap=True)
         about = {"model": model or DEFAULT_MODEL, "bits": found.bits, **environment()}
         write_json(json_file, {**dataclasses.asdict(found), **about})
+
+
+@calibrate.command()
+def budget(
+    out: Annotated[Path, typer.Argument(help="The calibration to write, a JSON file for --cache.")],
+    cache: Annotated[str, typer.Option(help=CacheHelp)] = "default",
+    bits: Annotated[
+        float | None, typer.Option(help="Mean honest bits to spend.", show_default="what the cache spends")
+    ] = None,
+    kl: Annotated[
+        float | None, typer.Option(help="Instead of bits: spend as few as keep the KL within so many nats per token.")
+    ] = None,
+    text: TextOption = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    count: WindowsOption = 2,
+    reasoner: Annotated[
+        int,
+        typer.Option(help="Calibrate on the right chains of so many problems instead, by a model that solves them."),
+    ] = 0,
+    adapter: ReasonerOption = None,
+    seed: Annotated[int, typer.Option(help="Of the labels whose gradients are taken.")] = 0,
+    trials: TrialsOption = None,
+    model: ModelOption = None,
+    dtype: Annotated[str, typer.Option(help="The model's type.")] = "float32",
+    device: DeviceOption = None,
+) -> None:
+    """Which layers' keys and values earn more bits: settings by layer, better at the same size."""
+    with clean_exit():
+        check_writable(out)
+        base = MixKVQConfig.parse(cache)
+        check_base(base)
+        if bits is not None and kl is not None:
+            raise CalibrationError("Give --bits or --kl, not both.")
+        merged = reasoner_adapter(adapter, model) if reasoner else None
+        about = {
+            "cache": cache,
+            "config": base.as_dict(),
+            "model": model or DEFAULT_MODEL,
+            "adapter": None if merged is None else merged.name,
+            "dtype": dtype,
+            "text": [path.name for path in text] if text else [BUILT_IN],
+            "window": window,
+            "windows": count,
+            "reasoner": reasoner,
+            "seed": seed,
+        }
+        journal = Trials(trials, about)
+        network, tokenizer = load_model(model, parse_dtype(dtype), device)
+        # Twice as many as asked for: on the second half it is checked what was found on the first.
+        tokens = windows(tokenizer, text or [None], window, 2 * count)
+        if merged is not None:
+            network = merge_adapter(network, merged)
+        if reasoner:
+            chains = [encode(tokenizer, problem) for problem in problem_set(reasoner, split=SPLIT)]
+            texts = [
+                Text(chain.tokens[:-1], pieces(chain.prompt, len(chain.tokens) - 1, base), chain.prompt - 1)
+                for chain in chains
+            ]
+        else:
+            bounds = measure.appends(window, base)
+            texts = [Text(each, bounds, measure.WARM_UP) for each in tokens[::2]]
+        held_out = tokens[1::2]
+        with progress() as bar:
+            task = bar.add_task("gradients", total=len(texts) * (1 + len(KEY_BUDGETS)))
+            menu = measure_menu(
+                network,
+                base,
+                texts,
+                journal,
+                seed=seed,
+                advance=lambda what: bar.update(task, advance=1, description=what),
+            )
+        plain = _kl(network, held_out, journal, "uniform", base)
+        choice, found = _search(
+            menu,
+            bits,
+            kl,
+            plain["bits"],
+            lambda name, it: _kl(network, held_out, journal, name, it.config(base, network)),
+        )
+        results = {
+            "uniform": plain,
+            "found": found,
+            "predicted": choice.predicted,
+            "menu": dataclasses.asdict(menu),
+        }
+        Calibration(choice.config(base, network), "budget", {**about, **environment()}, results).write(out)
+        output.print(calibration_table(cache, plain, found))
+        output.print(f"Wrote {out}; use it with --cache {out}", soft_wrap=True)
+
+
+def _kl(model: PreTrainedModel, held_out: Any, journal: Trials, name: str, config: MixKVQConfig) -> dict[str, float]:
+    """KL and bits of a cache over text that was not calibrated on."""
+
+    def read() -> dict[str, float]:
+        with progress() as bar:
+            task = bar.add_task(f"checking {name}", total=2 * len(held_out))
+            row = measure.fidelity(model, held_out, {name: config}, lambda _: bar.advance(task))[0]
+        return {"kl": row.kl, "bits": row.bits, "perplexity": row.perplexity}
+
+    return journal.once(f"KL of {name}", read)
+
+
+def _search(
+    menu: Menu,
+    bits: float | None,
+    kl: float | None,
+    default_bits: float,
+    check: Callable[[str, Choice], dict[str, float]],
+) -> tuple[Choice, dict[str, float]]:
+    if kl is None:
+        choice = menu.choose(default_bits if bits is None else bits)
+        return choice, check(f"{choice.bits:.3f} bits", choice)
+    checked: dict[float, dict[str, float]] = {}
+
+    def kl_of(choice: Choice) -> float:
+        checked[choice.bits] = check(f"{choice.bits:.3f} bits", choice)
+        return checked[choice.bits]["kl"]
+
+    choice, _ = smallest(menu, kl, kl_of)
+    return choice, checked[choice.bits]

@@ -4,8 +4,9 @@ A :class:`LayerCache` grows with its tokens. A :class:`ModelCache` holds all lay
 graphs want them.
 """
 
+from mixkvq.layers.grouped import GroupedCache, new_model_cache
 from mixkvq.layers.growing import LayerCache
 from mixkvq.layers.static import ModelCache
 from mixkvq.layers.step import Step
 
-__all__ = ["LayerCache", "ModelCache", "Step"]
+__all__ = ["GroupedCache", "LayerCache", "ModelCache", "Step", "new_model_cache"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixkvq.config import MixKVQConfig
+from mixkvq.config import ConfigError, MixKVQConfig
 from mixkvq.kernels.decode import has_kernels
 from mixkvq.policies import KeyBlock, Policy, policy_class
 from mixkvq.quant.affine import is_clipped
@@ -53,6 +53,8 @@ class Recipe:
         cls, config: MixKVQConfig, policy: Policy, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
     ) -> Recipe:
         """The recipe for layers of the given shape, in a model of the given type."""
+        if config.layers:
+            raise ConfigError("This takes the settings of one layer, and the configuration has settings by layer.")
         return cls(config, policy, page_layout(config, policy, kv_heads, key_dim, value_dim, dtype))
 
     @property

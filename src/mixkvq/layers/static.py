@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor
@@ -14,6 +12,7 @@ from mixkvq.layers.flush import flush_step, pack, rehearse
 from mixkvq.layers.recipe import Recipe
 from mixkvq.layers.step import Step
 from mixkvq.layers.surroundings import ordinary_tensors
+from mixkvq.layers.turns import Turns
 from mixkvq.policies import Policy
 from mixkvq.store import MemoryReport
 from mixkvq.store.appending import AppendPlan
@@ -45,7 +44,7 @@ class ModelCache:
         self.config, self.policy, self.layers, self.capacity = config, policy, layers, capacity
         self.ready = False
         self.steps = 0
-        self._next = 0
+        self._turns = Turns(layers)
         self._rehearsed = False
         self._store: StaticStore | None = None
         self._recipe: Recipe | None = None
@@ -57,6 +56,10 @@ class ModelCache:
         """The tensors; only once :meth:`allocate` was called."""
         assert self._store is not None
         return self._store
+
+    def store_of(self, layer: int) -> StaticStore:
+        """The tensors that hold a layer."""
+        return self.store
 
     @property
     def recipe(self) -> Recipe:
@@ -71,7 +74,7 @@ class ModelCache:
         Returns:
             Whether tensors were allocated; those of an earlier start are used again if they fit.
         """
-        self._check_turn(0)
+        self._turns.check(0)
         batch, kv_heads, _, key_dim = keys.shape
         recipe = Recipe.of(self.config, self.policy, kv_heads, key_dim, values.shape[3], keys.dtype)
         recipe.check_kernels(keys.device)
@@ -94,23 +97,6 @@ class ModelCache:
         self._store, self._rehearsed = new_store(shape, self.capacity, keys.device), False
         return True
 
-    def _check_turn(self, layer: int) -> None:
-        if layer != self._next:
-            turn = f"it was the turn of layer {self._next}" if self._next < self.layers else "a layer was not finished"
-            raise ValueError(
-                f"Layer {layer} of this cache got tokens when {turn}: the last forward pass was interrupted, the model "
-                "shares keys and values between layers, or the cache was built for another model. reset() the cache, "
-                "or use MixKVQCache."
-            )
-
-    @contextmanager
-    def _turn(self, layer: int) -> Iterator[None]:
-        """Store one layer's tokens. If that is interrupted, it is nobody's turn until :meth:`reset`."""
-        self._check_turn(layer)
-        self._next = self.layers
-        yield
-        self._next = (layer + 1) % self.layers
-
     # A few tokens
 
     @ordinary_tensors
@@ -130,7 +116,7 @@ class ModelCache:
         Returns:
             ``[B, Hq, L, D]`` in the queries' type.
         """
-        self._check_turn(layer)
+        self._turns.check(layer)
         store, length = self.store, step.length
         if step.query.shape[0] != store.shape.batch:
             raise ValueError(
@@ -139,7 +125,7 @@ class ModelCache:
             )
         if layer == 0 and self.steps < length:
             raise self._full(f"there is room for {self.steps} more tokens of each sequence, and {length} came")
-        with self._turn(layer):
+        with self._turns.take(layer):
             output = decode_attention(
                 step.query,
                 step.keys,
@@ -165,7 +151,7 @@ class ModelCache:
         Raises:
             CacheFullError: they do not fit; nothing has changed then.
         """
-        self._check_turn(0)
+        self._turns.check(0)
         store, books = self.store, self.store.books
         self.check()
         lengths = books.lengths.tolist()
@@ -223,7 +209,7 @@ class ModelCache:
         """Store one layer's tokens as :meth:`begin` planned."""
         assert self._plan is not None
         store, plan, statistics = self.store, self._plan, self.store.statistics(layer)
-        with self._turn(layer):
+        with self._turns.take(layer):
             if statistics is not None:
                 statistics.update(step.query, step.real)
                 statistics.sample(step.query, store.books.lengths, step.real)
@@ -254,7 +240,8 @@ class ModelCache:
     @ordinary_tensors
     def reset(self) -> None:
         """Forget all tokens; the tensors stay, for the next :meth:`allocate`."""
-        self.ready, self.steps, self._next = False, 0, 0
+        self.ready, self.steps = False, 0
+        self._turns.reset()
         self._plan, self._past = None, (None, [])
         if self._store is not None:
             self._store.reset()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -68,6 +68,14 @@ def chain_table(rows: Sequence[ChainFidelity]) -> Table:
             f"{row.exact:.1%}",
             *by_length,
         )
+    return table
+
+
+def calibration_table(cache: str, uniform: Mapping[str, float], found: Mapping[str, float]) -> Table:
+    """What was found beside what it started from, on text that was not calibrated on."""
+    table = new_table("On text that was not calibrated on", "cache", "bits", "perpl.", "KL")
+    for name, row in ((cache, uniform), ("calibrated", found)):
+        table.add_row(name, f"{row['bits']:.2f}", f"{row['perplexity']:.3f}", f"{row['kl']:.4f}")
     return table
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mixkvq.store.books import blocks_of
+
+#: Numbers in the keys of blocks of different sequences beyond which no more are put together.
+JOINED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,25 @@ class FullBlocks:
     keys: Tensor
     values: Tensor
     sequences: list[int]
+
+    @classmethod
+    def joined(cls, parts: Iterable[FullBlocks]) -> Iterator[FullBlocks]:
+        """The same in as few as need be for the size of a copy to stay bounded."""
+        together: list[FullBlocks] = []
+        for part in parts:
+            together.append(part)
+            if sum(blocks.keys.numel() for blocks in together) >= JOINED:
+                yield cls._cat(together)
+                together = []
+        if together:
+            yield cls._cat(together)
+
+    @classmethod
+    def _cat(cls, parts: Sequence[FullBlocks]) -> FullBlocks:
+        if len(parts) == 1:
+            return parts[0]
+        keys, values = (torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "values"))
+        return cls(keys, values, [row for part in parts for row in part.sequences])
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,9 @@ class PagedStore:
         if keys.shape[2] == 1 and real is None:
             yield from self._append_one(keys, values)
             return
+        yield from FullBlocks.joined(self._append_rows(keys, values, real))
+
+    def _append_rows(self, keys: Tensor, values: Tensor, real: Tensor | None) -> Iterator[FullBlocks]:
         for row in range(self.batch):
             k, v = keys[row], values[row]
             if real is not None:

@@ -46,18 +46,18 @@ class MixKVQCache(Cache):
         config: MixKVQConfig | str = "default",
         policy: Policy | None = None,
     ) -> None:
-        config, policy, text_config = settings(model_config, config, policy, type(self).__name__)
-        self.config = config
-        masks, expected = MaskReader(), ExpectedShape(text_config)
+        checked = settings(model_config, config, policy, type(self).__name__)
+        self.config = checked.config
+        masks, expected = MaskReader(), ExpectedShape(checked.text)
         layers = [
-            MixKVQLayer(config, policy, masks, expected) if type(layer) is DynamicLayer else layer
-            for layer in DynamicCache(config=model_config).layers
+            MixKVQLayer(*checked.layer(index), masks, expected) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(DynamicCache(config=model_config).layers)
         ]
         #: The layers that this package stores.
         self.quantized_layers = [layer for layer in layers if isinstance(layer, MixKVQLayer)]
         if not self.quantized_layers:
             raise UnsupportedModelError(
-                f"None of the {len(layers)} layers of this {text_config.model_type} model has full attention: there "
+                f"None of the {len(layers)} layers of this {checked.text.model_type} model has full attention: there "
                 "is nothing to quantize."
             )
         # All but linear attention, which has no length.

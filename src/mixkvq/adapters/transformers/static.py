@@ -14,7 +14,7 @@ from mixkvq.adapters.transformers.cache import held_tensors
 from mixkvq.adapters.transformers.static_layer import MixKVQStaticLayer, StaticState
 from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, settings
 from mixkvq.config import ConfigError, MixKVQConfig
-from mixkvq.layers import ModelCache
+from mixkvq.layers import new_model_cache
 from mixkvq.policies import Policy
 from mixkvq.store import MemoryReport
 from mixkvq.store.shape import Capacity
@@ -53,19 +53,21 @@ class MixKVQStaticCache(Cache):
         promoted_share: float | None = None,
         policy: Policy | None = None,
     ) -> None:
-        config, policy, text_config = settings(model_config, config, policy, type(self).__name__)
-        if policy.rule is None:
-            raise ConfigError(
-                f"MixKVQStaticCache decides bits on the device, by a policy's rule, and {type(policy).__name__} has "
-                "none. Give it a rule, or use MixKVQCache."
-            )
-        self.config = config
+        checked = settings(model_config, config, policy, type(self).__name__)
+        self.config = checked.config
         # The library allocates full-attention layers by this length, which are all replaced, and windows by theirs.
         layers = StaticCache(config=model_config, max_cache_len=sys.maxsize).layers
         full = [at for at, layer in enumerate(layers) if type(layer) is StaticLayer]
-        self._refuse_layers(layers, len(full), text_config)
-        capacity = Capacity(max_tokens, max_bytes, promoted_share)
-        self.state = StaticState(ModelCache(config, policy, len(full), capacity), ExpectedShape(text_config))
+        self._refuse_layers(layers, len(full), checked.text)
+        own = [checked.layer(at) for at in full]
+        for _, each in own:
+            if each.rule is None:
+                raise ConfigError(
+                    f"MixKVQStaticCache decides bits on the device, by a policy's rule, and {type(each).__name__} has "
+                    "none. Give it a rule, or use MixKVQCache."
+                )
+        cache = new_model_cache(own, Capacity(max_tokens, max_bytes, promoted_share))
+        self.state = StaticState(cache, ExpectedShape(checked.text))
         for index, at in enumerate(full):
             layers[at] = MixKVQStaticLayer(self.state, index)
         #: The layers that this package stores.

@@ -16,7 +16,7 @@ from mixkvq.adapters.transformers.static_op import attend, new_anchor
 from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, check_finite
 from mixkvq.kernels.decode import MAX_STEP
 from mixkvq.kernels.partial import causal
-from mixkvq.layers import ModelCache, Step
+from mixkvq.layers import GroupedCache, ModelCache, Step
 
 
 class StaticState:
@@ -31,7 +31,7 @@ class StaticState:
         ours_is_last: whether none of those comes after the last quantized layer.
     """
 
-    def __init__(self, cache: ModelCache, expected: ExpectedShape) -> None:
+    def __init__(self, cache: ModelCache | GroupedCache, expected: ExpectedShape) -> None:
         self.cache = cache
         self.expected = expected
         self.masks = MaskReader()
@@ -73,7 +73,7 @@ class StaticState:
         check_finite(self.cache.config, keys, values)
         if layer == 0 and not self.ready:
             self._start(keys, values)
-        store = self.cache.store
+        store = self.cache.store_of(layer)
         layout = store.layout
         shapes = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
         if shapes != (layout.kv_heads, layout.key_dim, layout.value_dim, layout.dense_dtype, store.pages.device):

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from mixkvq.adapters.transformers.support import check_finite
-from mixkvq.layers import ModelCache, Step
+from mixkvq.layers import GroupedCache, ModelCache, Step
 
 #: Anchors are never freed: a graph that was recorded for a cache must not be replayed for a later one whose anchor
 #: happens to get the same address.
 _ANCHORS: list[Tensor] = []
-_CACHES: dict[int, weakref.ref[ModelCache]] = {}
+_CACHES: dict[int, weakref.ref[ModelCache | GroupedCache]] = {}
 
 
-def new_anchor(cache: ModelCache, device: torch.device) -> Tensor:
+def new_anchor(cache: ModelCache | GroupedCache, device: torch.device) -> Tensor:
     """A tensor by which :func:`attend` finds the cache from now on."""
     with torch.inference_mode(False):
         anchor = torch.zeros(1, dtype=torch.int32, device=device)

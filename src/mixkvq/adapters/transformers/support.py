@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mixkvq.config import MixKVQConfig
+from mixkvq.config import ConfigError, MixKVQConfig
 from mixkvq.policies import Policy, policy_class
 
 
@@ -68,10 +68,38 @@ def check_finite(config: MixKVQConfig, keys: Tensor, values: Tensor) -> None:
             raise FloatingPointError(f"The model produced NaN or infinity in its {name}.")
 
 
-def settings(
-    model_config: PreTrainedConfig, config: MixKVQConfig | str, policy: Policy | None, owner: str
-) -> tuple[MixKVQConfig, Policy, PreTrainedConfig]:
-    """What a cache is made from: configuration, policy, and the decoder's part of the model's configuration.
+def model_shape(config: PreTrainedConfig) -> str:
+    """What a calibration is for: everything of a model that its settings by layer depend on, but its weights."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return (
+        f"{text.model_type} of {text.num_hidden_layers} layers, hidden size {text.hidden_size}, "
+        f"{text.num_attention_heads} query heads, {heads} key/value heads, vocabulary {text.vocab_size}"
+    )
+
+
+class Settings:
+    """What a cache is made from: its configuration, and the decoder's part of the model's.
+
+    Args:
+        policy: None is the one that the configuration names.
+    """
+
+    def __init__(self, config: MixKVQConfig, policy: Policy | None, text: PreTrainedConfig) -> None:
+        self.config, self.text = config, text
+        self._given = policy
+        self._policies: dict[MixKVQConfig, Policy] = {}
+
+    def layer(self, index: int) -> tuple[MixKVQConfig, Policy]:
+        """A layer's own configuration and policy; layers with equal configurations share the policy."""
+        own = self.config.for_layer(index)
+        if own not in self._policies:
+            self._policies[own] = self._given or policy_class(own.policy)(own)
+        return own, self._policies[own]
+
+
+def settings(model_config: PreTrainedConfig, config: MixKVQConfig | str, policy: Policy | None, owner: str) -> Settings:
+    """Check what a cache is made from.
 
     Args:
         config: a configuration, or text for :meth:`MixKVQConfig.parse`.
@@ -80,6 +108,7 @@ def settings(
 
     Raises:
         UnsupportedModelError: see :func:`refuse_unsupported`.
+        ConfigError: the configuration is for another model.
     """
     if isinstance(config, str):
         config = MixKVQConfig.parse(config)
@@ -93,4 +122,20 @@ def settings(
         )
     text = model_config.get_text_config(decoder=True)
     refuse_unsupported(model_config, text)
-    return config, policy or policy_class(config.policy)(config), text
+    _refuse_other_model(config, text)
+    if policy is not None and config.layers:
+        raise ConfigError(f"{owner} takes a policy of your own, or settings by layer, not both.")
+    return Settings(config, policy, text)
+
+
+def _refuse_other_model(config: MixKVQConfig, text: PreTrainedConfig) -> None:
+    if config.model is not None and config.model != model_shape(text):
+        raise ConfigError(
+            f"This configuration was calibrated for another model: {config.model}. This one is a {model_shape(text)}. "
+            "Calibrate for it (mixkvq calibrate), or use a preset."
+        )
+    if config.layers and len(config.layers) != text.num_hidden_layers:
+        raise ConfigError(
+            f"The configuration has settings for {len(config.layers)} layers, and this model has "
+            f"{text.num_hidden_layers}."
+        )

@@ -1,0 +1,213 @@
+"""Bits by layer: which layers' key channels and values earn more of them, for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mixkvq.adapters.transformers.support import model_shape
+from mixkvq.calibrate.allocation import allocate
+from mixkvq.calibrate.capture import quantized_layers, record
+from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate.sensitivity import layer_costs
+from mixkvq.calibrate.trials import Trials
+from mixkvq.config import MixKVQConfig
+
+#: Budgets of key channels to choose from.
+KEY_BUDGETS = (2.25, 2.5, 2.84, 3.25, 3.6, 4.0)
+#: Widths of values to choose from.
+VALUE_BITS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens to calibrate on.
+
+    Attributes:
+        tokens: ``[T]``.
+        bounds: appends that they are fed to a cache in.
+        first: the first position whose prediction is scored.
+    """
+
+    tokens: Tensor
+    bounds: list[tuple[int, int]]
+    first: int
+
+
+@dataclass(frozen=True)
+class Menu:
+    """Options and what they cost, mean over texts.
+
+    Attributes:
+        layers: numbers of the layers.
+        keys, values: by layer, predicted KL of each of :data:`KEY_BUDGETS` and of :data:`VALUE_BITS`.
+        key_bits, value_bits: honest bits per element of each option.
+    """
+
+    layers: list[int]
+    keys: list[list[float]]
+    values: list[list[float]]
+    key_bits: list[float]
+    value_bits: list[float]
+
+    @property
+    def floor(self) -> float:
+        """Mean honest bits of the smallest options."""
+        return (min(self.key_bits) + min(self.value_bits)) / 2
+
+    @property
+    def ceiling(self) -> float:
+        """Mean honest bits of the largest."""
+        return (max(self.key_bits) + max(self.value_bits)) / 2
+
+    def choose(self, bits: float) -> Choice:
+        """The best options at so many mean honest bits.
+
+        Raises:
+            CalibrationError: below the floor.
+        """
+        count = len(self.layers)
+        if bits < self.floor:
+            raise CalibrationError(
+                f"{bits:.3g} bits are below the floor of {self.floor:.3g}: keys of {min(KEY_BUDGETS)} code bits take "
+                f"{min(self.key_bits):.3g} with scales, zeros and index, and values of {min(VALUE_BITS)} take "
+                f"{min(self.value_bits):.3g}."
+            )
+        costs = [*self.keys, *self.values]
+        sizes = [self.key_bits] * count + [self.value_bits] * count
+        found = allocate(costs, sizes, bits * 2 * count + 1e-9)
+        return Choice(
+            {
+                layer: {"budget": KEY_BUDGETS[key], "value_bits": VALUE_BITS[value]}
+                for layer, key, value in zip(self.layers, found[:count], found[count:], strict=True)
+            },
+            bits=sum(part[at] for part, at in zip(sizes, found, strict=True)) / (2 * count),
+            predicted=sum(part[at] for part, at in zip(costs, found, strict=True)),
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Fields by layer, their mean honest bits, and the KL that they are predicted to cost."""
+
+    layers: dict[int, dict[str, Any]]
+    bits: float
+    predicted: float
+
+    def config(self, base: MixKVQConfig, model: PreTrainedModel) -> MixKVQConfig:
+        """``base`` with these fields, for this model."""
+        count = model.config.get_text_config(decoder=True).num_hidden_layers
+        return base.replace(layers=[self.layers.get(i, {}) for i in range(count)], model=model_shape(model.config))
+
+
+def check_base(base: MixKVQConfig) -> None:
+    """Refuse a configuration whose layers cannot have budgets.
+
+    Raises:
+        CalibrationError: it has none itself, or has settings by layer already.
+    """
+    if base.budget is None or base.layers:
+        raise CalibrationError(
+            "Bits by layer are found for a cache with a budget of key channels, such as default, and without settings "
+            "by layer."
+        )
+
+
+def measure_menu(
+    model: PreTrainedModel,
+    base: MixKVQConfig,
+    texts: Sequence[Text],
+    trials: Trials,
+    *,
+    seed: int = 0,
+    samples: int = 2,
+    advance: Callable[[str], None] = lambda _: None,
+) -> Menu:
+    """Predict what every option costs in every layer, from gradients of passes over ``texts``.
+
+    Every option is packed in the real format. What was measured is kept in ``trials``.
+    """
+    check_base(base)
+    layers = quantized_layers(model)
+    totals: list[dict[str, Any]] = []
+    for index, text in enumerate(texts):
+
+        def measure(index: int = index, text: Text = text) -> dict[str, Any]:
+            generator = torch.Generator(device=model.device).manual_seed(seed + index)
+            tapes = record(model, text.tokens.to(model.device), text.first, text.bounds, generator, samples)
+            advance("gradients")
+            keys: dict[int, list[float]] = {layer: [] for layer in layers}
+            values: dict[int, list[float]] = {layer: [] for layer in layers}
+            key_bits: list[float] = []
+            value_bits: list[float] = []
+            for at, budget in enumerate(KEY_BUDGETS):
+                config = base.replace(budget=budget, value_bits=VALUE_BITS[min(at, len(VALUE_BITS) - 1)])
+                for tape in tapes:
+                    costs = layer_costs(tape, config, text.bounds)
+                    for row, layer in enumerate(tape.layers):
+                        keys[layer].append(float(costs.keys[row]))
+                        values[layer].append(float(costs.values[row]))
+                key_bits.append(costs.memory.key_bits)
+                value_bits.append(costs.memory.value_bits)
+                advance(f"{budget} bits")
+            return {
+                "keys": [keys[layer] for layer in layers],
+                "values": [values[layer][: len(VALUE_BITS)] for layer in layers],
+                "key_bits": key_bits,
+                "value_bits": value_bits[: len(VALUE_BITS)],
+            }
+
+        totals.append(trials.once(f"text {index}", measure))
+
+    def mean(part: str) -> list[list[float]]:
+        return (sum(torch.tensor(total[part], dtype=torch.float64) for total in totals) / len(totals)).tolist()  # type: ignore[union-attr]
+
+    return Menu(layers, mean("keys"), mean("values"), totals[0]["key_bits"], totals[0]["value_bits"])
+
+
+def smallest(
+    menu: Menu, tolerance: float, kl_of: Callable[[Choice], float], *, step: float = 0.02, tries: int = 6
+) -> tuple[Choice, float]:
+    """The choice of fewest bits whose KL, as ``kl_of`` measures it, is within ``tolerance`` nats per token.
+
+    What is measured is a nearly constant multiple of what is predicted, so a few measurements do.
+
+    Raises:
+        CalibrationError: not even the largest options are within it.
+    """
+    ratio, best = 1.0, None
+    low, high = menu.floor, menu.ceiling
+    for _ in range(tries):
+        bits = _bits_for(menu, tolerance / ratio, low, high, step)
+        choice = menu.choose(bits)
+        kl = kl_of(choice)
+        ratio = max(kl / choice.predicted, 1e-3)
+        if kl <= tolerance:
+            best, high = (choice, kl), min(high, choice.bits)
+        else:
+            low = max(low, choice.bits + step)
+        if low >= high - step / 2:
+            break
+    if best is None:
+        raise CalibrationError(
+            f"No bits by layer keep the KL within {tolerance:g}: at {menu.ceiling:.2f} bits, the most that layers can "
+            f"have, about {ratio * menu.choose(menu.ceiling).predicted:.2g} are predicted. Allow more."
+        )
+    return best
+
+
+def _bits_for(menu: Menu, predicted: float, low: float, high: float, step: float) -> float:
+    """The fewest bits in steps from ``low`` up whose prediction is within ``predicted``; ``high`` if none is."""
+    first, last = 0, max(int((high - low) / step), 0)
+    while first < last:
+        middle = (first + last) // 2
+        if menu.choose(low + middle * step).predicted <= predicted:
+            last = middle
+        else:
+            first = middle + 1
+    return min(low + first * step, high)

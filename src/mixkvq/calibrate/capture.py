@@ -1,0 +1,163 @@
+"""Queries, keys and values of a full-precision pass, with the gradients that say how much keys and values matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from mixkvq.adapters.transformers import MixKVQCache
+from mixkvq.adapters.transformers.attention import attention_forward
+from mixkvq.adapters.transformers.masks import build_mask
+from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.kernels.partial import causal
+from mixkvq.models import attention
+
+NAME = "mixkvq_capture"
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What several layers of the same shape did over one text of T tokens.
+
+    Attributes:
+        layers: their numbers in the model.
+        query: ``[layers, Hq, T, D]`` after RoPE.
+        keys, values: ``[layers, Hkv, T, D]``, as a cache gets them.
+        key_gradients, value_gradients: ``[samples, layers, Hkv, T, D]`` float32, of the loss of labels that were
+            sampled from the model, summed over the scored tokens.
+        scored: how many tokens these were.
+    """
+
+    layers: tuple[int, ...]
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    key_gradients: Tensor
+    value_gradients: Tensor
+    scored: int
+
+
+def record(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    first: int,
+    bounds: Sequence[tuple[int, int]],
+    generator: torch.Generator,
+    samples: int = 2,
+) -> list[Tape]:
+    """One pass over ``tokens [T]``, scored from position ``first`` on; a tape for every shape of layers.
+
+    A query sees its own block in full precision, so that gradients are of what queries of later blocks (``bounds``)
+    read. The square of such a gradient times a small change is, on average over labels, twice the KL that the change
+    costs: they are scores of the model's own distribution, whose covariance is the Fisher information.
+
+    Raises:
+        CalibrationError: the model has no gradients.
+    """
+    with attention(model, NAME), _recording(bounds, quantized_layers(model)) as recording, torch.enable_grad():
+        logits = model(tokens[None], use_cache=False).logits[0, first:].float()
+        steps = recording.steps
+        inputs = [tensor for step in steps.values() for tensor in step.changes]
+        labels = logits.detach().softmax(-1).multinomial(samples, replacement=True, generator=generator)
+        losses = [nn.functional.cross_entropy(logits, labels[:, i], reduction="sum") for i in range(samples)]
+        try:
+            gradients = [
+                torch.autograd.grad(loss, inputs, retain_graph=i + 1 < samples) for i, loss in enumerate(losses)
+            ]
+        except RuntimeError as error:
+            raise CalibrationError(
+                "This calibration needs gradients, and none come through the model (weights left quantized?): "
+                f"{error}. Load it in a floating-point type."
+            ) from error
+    by_shape: dict[tuple[torch.Size, ...], list[int]] = {}
+    for at, step in enumerate(steps.values()):
+        by_shape.setdefault(tuple(tensor.shape for tensor in step.tensors), []).append(at)
+    numbers, taken = list(steps), list(steps.values())
+
+    def stack(at: Sequence[int], part: int) -> Tensor:
+        return torch.cat([taken[i].tensors[part].detach() for i in at])
+
+    def gradient(at: Sequence[int], part: int) -> Tensor:
+        return torch.stack([torch.cat([sample[2 * i + part].float() for i in at]) for sample in gradients])
+
+    return [
+        Tape(
+            layers=tuple(numbers[i] for i in at),
+            query=stack(at, 0),
+            keys=stack(at, 1),
+            values=stack(at, 2),
+            key_gradients=gradient(at, 0),
+            value_gradients=gradient(at, 1),
+            scored=len(logits),
+        )
+        for at in by_shape.values()
+    ]
+
+
+def quantized_layers(model: PreTrainedModel) -> list[int]:
+    """Numbers of the layers whose keys and values a cache of this package would store."""
+    cache = MixKVQCache(model.config, "bf16")
+    return [index for index, layer in enumerate(cache.layers) if layer in cache.quantized_layers]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A layer's query, keys and values, and zeros that were added to keys and values where later blocks read them."""
+
+    tensors: tuple[Tensor, Tensor, Tensor]
+    changes: tuple[Tensor, Tensor]
+
+
+class _Recording:
+    def __init__(self, bounds: Sequence[tuple[int, int]], layers: Sequence[int]) -> None:
+        self.bounds, self.layers = bounds, layers
+        self.steps: dict[int, _Step] = {}
+
+    def attend(
+        self, layer: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        """Attention block by block."""
+        changes = torch.zeros_like(key, requires_grad=True), torch.zeros_like(value, requires_grad=True)
+        self.steps[layer] = _Step((query, key, value), changes)
+        stored = key + changes[0], value + changes[1]
+        outputs = []
+        for start, stop in self.bounds:
+            keys, values = (
+                torch.cat([past[:, :, :start], own[:, :, start:stop]], 2)
+                for past, own in zip(stored, (key, value), strict=True)
+            )
+            mask = causal(stop - start, stop, query.device)[None, None]
+            outputs.append(attention_forward(module, query[:, :, start:stop], keys, values, mask, **options)[0])
+        return torch.cat(outputs, 1)
+
+
+_current: _Recording | None = None
+
+
+@contextmanager
+def _recording(bounds: Sequence[tuple[int, int]], layers: Sequence[int]) -> Iterator[_Recording]:
+    global _current
+    _current = _Recording(bounds, layers)
+    try:
+        yield _current
+    finally:
+        _current = None
+
+
+def _capture(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    layer: Any = module.layer_idx
+    if _current is None or layer not in _current.layers:
+        return attention_forward(module, query, key, value, mask, **options)
+    return _current.attend(layer, module, query, key, value, options), None
+
+
+AttentionInterface.register(NAME, _capture)
+AttentionMaskInterface.register(NAME, build_mask)
