@@ -124,7 +124,7 @@ def fidelity(
 @torch.inference_mode()
 def reference_log_probs(model: PreTrainedModel, window: Tensor) -> Tensor:
     """Full precision log-probabilities ``[W, V]`` float32 of what follows each token of ``window [W]``."""
-    with attention(model, "sdpa"):
+    with attention(model, NAME):  # soft caps and attention sinks included, which "sdpa" leaves out or refuses
         logits = model(window[None], use_cache=False).logits[0]
     return F.log_softmax(logits.float(), -1)
 
