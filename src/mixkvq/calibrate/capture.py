@@ -132,6 +132,7 @@ class _Recording:
                 torch.cat([past[:, :, :start], own[:, :, start:stop]], 2)
                 for past, own in zip(stored, (key, value), strict=True)
             )
+            keys._mixkvq = True  # type: ignore[attr-defined]  # no stock cache: see `attention.py`
             mask = causal(stop - start, stop, query.device)[None, None]
             outputs.append(attention_forward(module, query[:, :, start:stop], keys, values, mask, **options)[0])
         return torch.cat(outputs, 1)

@@ -10,10 +10,12 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel
 
+from mixkvq.adapters.transformers.support import model_shape
 from mixkvq.bench.environment import environment
 from mixkvq.calibrate.budget import KEY_BUDGETS, Choice, Menu, Text, check_base, measure_menu, smallest
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.file import Calibration
+from mixkvq.calibrate.kvmix import gradient_norms
 from mixkvq.calibrate.thresholds import thresholds_for_bits
 from mixkvq.calibrate.trials import Trials
 from mixkvq.cli.common import (
@@ -40,6 +42,7 @@ from mixkvq.evaluate.likelihood import pieces
 from mixkvq.evaluate.problems import problem_set
 from mixkvq.evaluate.texts import BUILT_IN, windows
 from mixkvq.models import DEFAULT_MODEL, merge_adapter
+from mixkvq.policies.kvmix import allocate_layers
 from mixkvq.report.tables import calibration_table
 
 calibrate = typer.Typer(help="Find a configuration for a model.", no_args_is_help=True)
@@ -202,3 +205,37 @@ def _search(
 
     choice, _ = smallest(menu, kl, kl_of)
     return choice, checked[choice.bits]
+
+
+@calibrate.command()
+def kvmix(
+    out: Annotated[Path, typer.Argument(help="The calibration to write, a JSON file for --cache.")],
+    text: TextOption = None,
+    window: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
+    count: Annotated[int, typer.Option("--windows", help="Prompts of each text.")] = 24,
+    model: ModelOption = None,
+    dtype: Annotated[str, typer.Option(help="The model's type.")] = "float32",
+    device: DeviceOption = None,
+) -> None:
+    """KVmix's profile: the layers with the largest gradients get 3-bit keys and 4-bit values, the others 2 bits."""
+    with clean_exit():
+        check_writable(out)
+        network, tokenizer = load_model(model, parse_dtype(dtype), device)
+        prompts = windows(tokenizer, text or [None], window, count)
+        with progress() as bar:
+            task = bar.add_task("gradients", total=len(prompts))
+            keys, values = gradient_norms(network, prompts, lambda: bar.advance(task))
+        fields = allocate_layers(keys, values)
+        layers = [fields.get(i, {}) for i in range(network.config.get_text_config(decoder=True).num_hidden_layers)]
+        config = MixKVQConfig.preset("kvmix", layers=layers, model=model_shape(network.config))
+        about = {
+            "model": model or DEFAULT_MODEL,
+            "text": [path.name for path in text] if text else [BUILT_IN],
+            "window": window,
+            "windows": count,
+            **environment(),
+        }
+        Calibration(config, "kvmix", about, {"key_norms": keys, "value_norms": values}).write(out)
+        for name, bits in (("keys of 3 bits", "key_bits"), ("values of 4 bits", "value_bits")):
+            output.print(f"{name}: layers {', '.join(str(i) for i, own in enumerate(layers) if bits in own)}")
+        output.print(f"Wrote {out}; use it with --cache {out}", soft_wrap=True)

@@ -1,0 +1,69 @@
+"""KVmix's profile of a model: gradients of the loss by the projections of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mixkvq.adapters.transformers import NAME
+from mixkvq.calibrate.capture import quantized_layers
+from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.models import attention
+
+
+def gradient_norms(
+    model: PreTrainedModel, prompts: Tensor, advance: Callable[[], None] = lambda: None
+) -> tuple[dict[int, float], dict[int, float]]:
+    """``||dLoss / dW_k||`` and ``||dLoss / dW_v||`` of every layer, mean over prompts.
+
+    Args:
+        prompts: ``[N, T]`` tokens; the loss is that of the next token, mean over a prompt.
+        advance: called after each prompt.
+
+    Returns:
+        Both by layer number.
+
+    Raises:
+        CalibrationError: keys and values have no projections of their own, or these have no gradients.
+    """
+    projections = _projections(model)
+    layers = quantized_layers(model)
+    weights = [projections[layer][part] for part in (0, 1) for layer in layers]
+    norms = torch.zeros(len(weights), dtype=torch.float64)
+    with attention(model, NAME), torch.enable_grad():
+        for prompt in prompts.to(model.device):
+            logits = model(prompt[None], use_cache=False).logits[0, :-1].float()
+            gradients = torch.autograd.grad(F.cross_entropy(logits, prompt[1:]), weights)
+            norms += torch.stack([gradient.float().norm() for gradient in gradients]).cpu() / len(prompts)
+            advance()
+    keys, values = norms[: len(layers)].tolist(), norms[len(layers) :].tolist()
+    return dict(zip(layers, keys, strict=True)), dict(zip(layers, values, strict=True))
+
+
+def _projections(model: PreTrainedModel) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
+    found = {}
+    for module in model.modules():
+        layer, parts = (
+            getattr(module, "layer_idx", None),
+            [getattr(module, name, None) for name in ("k_proj", "v_proj")],
+        )
+        weights = [getattr(part, "weight", None) for part in parts]
+        if isinstance(layer, int) and all(isinstance(part, nn.Linear) for part in parts):
+            found[layer] = tuple(weights)
+    missing = [layer for layer in quantized_layers(model) if layer not in found]
+    if missing:
+        raise CalibrationError(
+            f"KVmix ranks layers by the weights of k_proj and v_proj, and layer {missing[0]} of this "
+            f"{model.config.model_type} model has no such linear layers."
+        )
+    if not all(
+        isinstance(w, nn.Parameter) and w.is_floating_point() and w.requires_grad for ws in found.values() for w in ws
+    ):
+        raise CalibrationError(
+            "KVmix needs gradients of the weights, and these have none: load the model in a floating-point type."
+        )
+    return found  # type: ignore[return-value]

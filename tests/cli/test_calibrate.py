@@ -1,0 +1,83 @@
+"""``mixkvq calibrate``: from a text to a file for ``--cache``, and back."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from chats import chat_tokenizer
+from mixkvq import MixKVQConfig
+from mixkvq.calibrate.file import Calibration
+from mixkvq.cli import app
+from models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    chat_tokenizer().save_pretrained(path)
+    tiny_model("llama").save_pretrained(path)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, list(map(str, arguments)))
+
+
+def said(result: Result) -> str:
+    return " ".join(result.output.split())
+
+
+def test_budgets_by_layer_from_end_to_end(folder: Path, tmp_path: Path):
+    out = tmp_path / "found.json"
+    shape = ("--model", folder, "--window", 300, "--windows", 1)
+    words = ("calibrate", "budget", out, *shape, "--bits", 4, "--trials", tmp_path / "trials")
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert "On text that was not calibrated on" in result.output
+    found = Calibration.read(out)
+    assert found.kind == "budget"
+    assert found.results["found"]["bits"] <= 4
+    assert found.about["window"] == 300
+    again = run(*words)  # everything was measured before
+    assert again.exit_code == 0, again.output
+    assert Calibration.read(out).config == found.config
+    used = run("fidelity", "--model", folder, "--window", 300, "--windows", 1, "--cache", out)
+    assert used.exit_code == 0, used.output
+
+
+def test_a_tolerance_instead_of_bits(folder: Path, tmp_path: Path):
+    out = tmp_path / "found.json"
+    shape = ("--model", folder, "--window", 300, "--windows", 1)
+    assert run("calibrate", "budget", out, *shape, "--bits", 4).exit_code == 0
+    kl = 1.2 * Calibration.read(out).results["found"]["kl"]
+    result = run("calibrate", "budget", out, *shape, "--kl", kl)
+    assert result.exit_code == 0, result.output
+    assert Calibration.read(out).results["found"]["kl"] <= kl
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--bits", 2), "2 bits are below the floor of"),
+        (("--kl", 1e-12), "No bits by layer keep the KL within 1e-12"),
+        (("--bits", 3, "--kl", 1), "Give --bits or --kl, not both"),
+        (("--cache", "kivi-2"), "a cache with a budget of key channels"),
+    ],
+)
+def test_goals_that_cannot_be_reached(folder: Path, tmp_path: Path, arguments: tuple, message: str):
+    shape = ("--model", folder, "--window", 300, "--windows", 1)
+    result = run("calibrate", "budget", tmp_path / "found.json", *shape, *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in said(result)
+    assert not (tmp_path / "found.json").exists()
+
+
+def test_kvmix_writes_its_profile(folder: Path, tmp_path: Path):
+    out = tmp_path / "kvmix.json"
+    result = run("calibrate", "kvmix", out, "--model", folder, "--window", 60, "--windows", 2)
+    assert result.exit_code == 0, result.output
+    found = Calibration.read(out)
+    assert found.config.policy == "kvmix"
+    assert set(found.results["key_norms"]) == {"0", "1"}
+    assert MixKVQConfig.parse(str(out)) == found.config
