@@ -120,7 +120,7 @@ def test_a_tolerance_that_nothing_keeps():
 
 def test_measurements_are_taken_up_again(tmp_path, monkeypatch: pytest.MonkeyPatch):
     model, journal = tiny_model("llama"), tmp_path / "trials"
-    texts = [Text(torch.randint(3, VOCABULARY, (150,)), appends(150, BASE), 40) for _ in range(2)]
+    texts = [Text(f"{i}", torch.randint(3, VOCABULARY, (150,)), appends(150, BASE), 40) for i in range(2)]
     steps: list[str] = []
 
     def interrupt(what: str) -> None:

@@ -104,6 +104,19 @@ def test_both_kinds_of_cache_write_the_same():
     assert len({answer.text for answer in fixed}) > 2
 
 
+def test_settings_by_layer_write_the_same_and_are_resumed(tmp_path: Path):
+    own = CACHES["default:residual_length=32,key_group=32"].replace(layers=[{"budget": 3.5}, {"value_bits": 4}])
+    settings = dataclasses.replace(SETTINGS, max_new_tokens=10)
+    model, task, caches = tiny_model("llama"), Echo([5, 60, 41]), {"own": own}
+    growing, fixed = (answers(run(model, task, settings, static=x), caches) for x in (False, True))
+    assert [answer.text for answer in growing] == [answer.text for answer in fixed]
+    first = answers(run(model, task, settings), caches, tmp_path / "answers.jsonl")
+    assert answers(run(Scripted(lambda _: "other"), task, settings), caches, tmp_path / "answers.jsonl") == first
+    changed = {"own": own.replace(layers=[{}, {}])}
+    with pytest.raises(EvaluationError, match="layers"):
+        answers(run(model, task, settings), changed, tmp_path / "answers.jsonl")
+
+
 def test_all_batches_of_a_fixed_cache_have_the_same_rows():
     model = Scripted(lambda _: "no")
     assert len(answers(run(model, Echo([1, 2, 3]), batch=2, static=True))) == 3

@@ -33,10 +33,17 @@ def environment() -> dict[str, str | int]:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """What was typed, but for where the results were written."""
+    """What was typed, but for where the results were written, and where else on this machine files lie."""
     after = ["", *arguments]
     kept = [word for word, before in zip(arguments, after, strict=False) if "--json" not in (word, before)]
-    return shlex.join(["mixkvq", *(word for word in kept if not word.startswith("--json="))])
+    return shlex.join(["mixkvq", *(_portable(word) for word in kept if not word.startswith("--json="))])
+
+
+def _portable(word: str) -> str:
+    """A word whose path, if it has one that leads out of the working folder, is the file's name alone."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    outside = value.startswith(("/", "~", ".."))
+    return option + equals + (Path(value).name if outside else value)
 
 
 def _gpu() -> dict[str, str | int]:

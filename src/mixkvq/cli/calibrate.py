@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.adapters.transformers.support import model_shape
 from mixkvq.bench.environment import environment
@@ -101,7 +102,7 @@ def budget(
     count: WindowsOption = 2,
     reasoner: Annotated[
         int,
-        typer.Option(help="Calibrate on the right chains of so many problems instead, by a model that solves them."),
+        typer.Option(help="Also calibrate on the right chains of so many problems, by a model that solves them."),
     ] = 0,
     adapter: ReasonerOption = None,
     seed: Annotated[int, typer.Option(help="Of the labels whose gradients are taken.")] = 0,
@@ -136,15 +137,9 @@ def budget(
         tokens = windows(tokenizer, text or [None], window, 2 * count)
         if merged is not None:
             network = merge_adapter(network, merged)
-        if reasoner:
-            chains = [encode(tokenizer, problem) for problem in problem_set(reasoner, split=SPLIT)]
-            texts = [
-                Text(chain.tokens[:-1], pieces(chain.prompt, len(chain.tokens) - 1, base), chain.prompt - 1)
-                for chain in chains
-            ]
-        else:
-            bounds = measure.appends(window, base)
-            texts = [Text(each, bounds, measure.WARM_UP) for each in tokens[::2]]
+        bounds = measure.appends(window, base)
+        texts = [Text(f"window {i}", each, bounds, measure.WARM_UP) for i, each in enumerate(tokens[::2])]
+        texts += _chains(tokenizer, base, reasoner, len(texts) / max(reasoner, 1))
         held_out = tokens[1::2]
         with progress() as bar:
             task = bar.add_task("gradients", total=len(texts) * (1 + len(KEY_BUDGETS)))
@@ -175,6 +170,16 @@ def budget(
         output.print(f"Wrote {out}; use it with --cache {out}", soft_wrap=True)
 
 
+def _chains(tokenizer: PreTrainedTokenizerBase, base: MixKVQConfig, count: int, weight: float) -> list[Text]:
+    chains = [encode(tokenizer, problem) for problem in problem_set(count, split=SPLIT)]
+    return [
+        Text(
+            f"chain {i}", chain.tokens[:-1], pieces(chain.prompt, len(chain.tokens) - 1, base), chain.prompt - 1, weight
+        )
+        for i, chain in enumerate(chains)
+    ]
+
+
 def _kl(model: PreTrainedModel, held_out: Any, journal: Trials, name: str, config: MixKVQConfig) -> dict[str, float]:
     """KL and bits of a cache over text that was not calibrated on."""
 
@@ -184,7 +189,7 @@ def _kl(model: PreTrainedModel, held_out: Any, journal: Trials, name: str, confi
             row = measure.fidelity(model, held_out, {name: config}, lambda _: bar.advance(task))[0]
         return {"kl": row.kl, "bits": row.bits, "perplexity": row.perplexity}
 
-    return journal.once(f"KL of {name}", read)
+    return journal.once(f"KL of {hashlib.sha256(config.to_json().encode()).hexdigest()[:16]}", read)
 
 
 def _search(

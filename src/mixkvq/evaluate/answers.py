@@ -101,8 +101,9 @@ class Answer:
 
 def config_fields(config: MixKVQConfig) -> dict[str, Any]:
     """The fields that are not as :class:`MixKVQConfig` has them: what a preset's name stands for."""
-    values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
-    return {field.name: value for field, value in values if value != field.default}
+    fields = (field for field in dataclasses.fields(config) if getattr(config, field.name) != field.default)
+    given = config.as_dict()
+    return {field.name: given[field.name] for field in fields}
 
 
 def _is_cut(rest: str) -> bool:
