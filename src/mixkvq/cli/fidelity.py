@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from transformers import PreTrainedModel
 
+from mixkvq.adapters.transformers.support import model_shape
 from mixkvq.bench.environment import environment
+from mixkvq.calibrate.file import shipped
 from mixkvq.cli.common import (
     CacheHelp,
     DeviceOption,
@@ -29,22 +32,34 @@ from mixkvq.cli.common import (
     reasoner_adapter,
     write_json,
 )
-from mixkvq.config import MixKVQConfig
+from mixkvq.config import MixKVQConfig, all_presets
 from mixkvq.evaluate import fidelity as measure
 from mixkvq.evaluate.chains import Chain, encode
 from mixkvq.evaluate.likelihood import chain_fidelity
 from mixkvq.evaluate.problems import problem_set
 from mixkvq.evaluate.texts import BUILT_IN, windows
 from mixkvq.models import DEFAULT_MODEL, context_length, merge_adapter
+from mixkvq.policies.mixkvq import PAPER_THRESHOLDS
 from mixkvq.report.tables import chain_table, fidelity_table
 
 CACHES = ["kivi-2", "paper", "default", "kivi-4"]
+#: Presets that say something about another model alone, and full precision.
+ELSEWHERE = {"bf16", *(f"paper-{model}" for model in PAPER_THRESHOLDS)}
 #: Problems that recipes are compared on; accuracy is measured on others.
 SPLIT = "dev"
 
 
+class Suite(StrEnum):
+    """Sets of caches."""
+
+    ALL = "all"
+
+
 def fidelity(
     cache: Annotated[list[str] | None, typer.Option(help=CacheHelp, show_default=" ".join(CACHES))] = None,
+    suite: Annotated[
+        Suite | None, typer.Option(help="Also every preset, and the package's calibrations that are for the model.")
+    ] = None,
     text: TextOption = None,
     window: Annotated[int, typer.Option(help="Tokens that are read from an empty cache.")] = 2048,
     count: WindowsOption = 4,
@@ -60,7 +75,7 @@ def fidelity(
     """Compare caches with full precision on text: perplexity, KL, top-1 agreement, bits, bytes."""
     with clean_exit():
         check_writable(json_file)
-        configs = parse_caches(cache or CACHES)
+        configs = parse_caches(cache or ([] if suite else CACHES))
         if reasoner < 0:
             raise InputError(f"--reasoner {reasoner}: score the chains of at least one problem, or of none.")
         merged = reasoner_adapter(adapter, model) if reasoner else None
@@ -70,6 +85,8 @@ def fidelity(
                 f"first {measure.WARM_UP} are not scored), and at least one."
             )
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
+        if suite:
+            configs |= {name: config for name, config in _suite(network).items() if name not in configs}
         limit = context_length(network)
         if limit is not None and window > limit:
             raise InputError(f"--window {window} is longer than the model's context of {limit} tokens.")
@@ -93,6 +110,13 @@ def fidelity(
             **environment(),
         }
         write_json(json_file, [{**row.as_dict(), **chains.get(row.cache, {}), **about} for row in rows])
+
+
+def _suite(model: PreTrainedModel) -> dict[str, MixKVQConfig]:
+    """Every system once: presets but those of the paper's other models, and calibrations for this one."""
+    presets = [name for name in all_presets() if name not in ELSEWHERE]
+    configs = parse_caches([*presets, *shipped()])
+    return {name: config for name, config in configs.items() if config.model in (None, model_shape(model.config))}
 
 
 def _chains(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixkvq.bench import BF16
 from mixkvq.report.accuracy import accuracy_figures
+from mixkvq.report.fidelity import fidelity_figures
 from mixkvq.report.figures import COLOURS, FORMATS, GREY, MARKERS, PlotError, furnish, new_figure, save, slug
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ def plot_files(files: Sequence[Path], out: Path) -> list[Path]:
     """Draw the results in some files.
 
     Args:
-        files: what ``mixkvq bench kernel``, ``generate`` and ``capacity``, ``mixkvq eval`` and ``mixkvq fidelity
-            --reasoner`` wrote.
+        files: what ``mixkvq bench kernel``, ``generate`` and ``capacity``, ``mixkvq eval`` and ``mixkvq fidelity``
+            wrote.
         out: a folder, made if it is not there.
 
     Returns:
@@ -64,11 +65,12 @@ def plot_files(files: Sequence[Path], out: Path) -> list[Path]:
     """
     rows = [row for file in files for row in _read(file)]
     pictures = [*_speed_ups(rows), *_throughputs(rows), *_memories(rows)]
-    figures = {picture.name: draw(picture) for picture in pictures} | accuracy_figures(rows)
+    figures = {picture.name: draw(picture) for picture in pictures} | accuracy_figures(rows) | fidelity_figures(rows)
     if not figures:
         raise PlotError(
             "There is nothing to draw in these files: a line takes results at two contexts (bench kernel, bench "
-            "generate) or at two batches (bench generate, bench capacity); accuracies (eval) stand for themselves."
+            "generate) or at two batches (bench generate, bench capacity), a front takes two caches (fidelity); "
+            "accuracies (eval) stand for themselves."
         )
     try:
         out.mkdir(parents=True, exist_ok=True)

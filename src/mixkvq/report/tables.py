@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from mixkvq.bench.decode import DecodeRow
@@ -12,6 +13,7 @@ from mixkvq.evaluate.accuracy import Accuracy
 from mixkvq.evaluate.fidelity import Fidelity
 from mixkvq.evaluate.likelihood import LENGTHS, ChainFidelity
 from mixkvq.layers.recipe import expected_bits
+from mixkvq.report.fidelity import pareto_front
 from mixkvq.store import MemoryReport
 
 
@@ -33,13 +35,16 @@ def new_table(title: str, *columns: str) -> Table:
 
 
 def fidelity_table(rows: Sequence[Fidelity]) -> Table:
-    """Rows by rising honest bits; key and value bits are codes / honest."""
+    """Rows by rising honest bits; key and value bits are codes / honest. Caches that none beats in both bits and KL are
+    in bold.
+    """
+    front = pareto_front([(row.bits, row.kl) for row in rows])
     reference = rows[0].reference_perplexity
     title = f"Fidelity over {rows[0].tokens:,} tokens; full precision has perplexity {reference:.3f}"
     table = new_table(title, "cache", "key bits", "values", "bits", "held", "perpl.", "KL", "top-1")
-    for row in rows:
+    for i, row in enumerate(rows):
         table.add_row(
-            row.cache,
+            f"[bold]{escape(row.cache)}[/]" if i in front and len(rows) > 1 else escape(row.cache),
             f"{row.key_bits_codes:.2f}/{row.key_bits:.2f}",
             f"{row.value_bits_codes:.2f}/{row.value_bits:.2f}",
             f"{row.bits:.2f}",

@@ -1,0 +1,35 @@
+"""``mixkvq fidelity --suite all``: every system over the same windows, and its picture."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from chats import chat_tokenizer
+from mixkvq.cli import app
+from mixkvq.config import all_presets
+from mixkvq.report.fidelity import pareto_front
+from models import tiny_model
+
+
+def test_the_front_is_what_none_beats():
+    points = [(3.0, 0.5), (2.0, 1.0), (2.5, 1.2), (4.0, 0.5), (3.0, 0.4), (5.0, 0.1)]
+    assert pareto_front(points) == [1, 4, 5]
+    assert pareto_front([]) == []
+
+
+def test_every_preset_is_a_row(tmp_path: Path):
+    chat_tokenizer().save_pretrained(tmp_path)
+    tiny_model("llama").save_pretrained(tmp_path)
+    rows, words = tmp_path / "rows.json", ["--window", "256", "--windows", "1"]
+    run = CliRunner(env={"COLUMNS": "120"}).invoke
+    result = run(app, ["fidelity", "--suite", "all", "--model", str(tmp_path), *words, "--json", str(rows)])
+    assert result.exit_code == 0, result.output
+    found = {row["cache"] for row in json.loads(rows.read_text())}
+    # The package's calibrations are for another model.
+    assert found == {name for name in all_presets() if name != "bf16" and not name.startswith("paper-")}
+    pytest.importorskip("matplotlib")
+    result = run(app, ["bench", "plot", str(rows), "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "fidelity.svg").exists()
