@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mixkvq.calibrate.file import shipped
 from mixkvq.cli.common import output
 from mixkvq.report.tables import presets_table
 
@@ -11,5 +12,6 @@ def caches() -> None:
     output.print(presets_table())
     output.print(
         "Any field can be overridden: --cache default:budget=3 or paper:tau_bf16=1.44,tau_uint4=0.79. "
+        f"Calibrations for SmolLM2-135M-Instruct come with the package: {', '.join(shipped())} (docs/calibration.md). "
         "'from' marks thresholds: what they promote depends on the model and the text."
     )
