@@ -132,6 +132,33 @@ def test_queries_that_are_not_finite_move_nothing(move_keys, bad: float):
     assert torch.equal(keys, before)
 
 
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (96, torch.float16)])
+def test_blocks_of_one_prompt_share_their_covariance(dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Many blocks on few rows of samples: their products are summed before, and the same keys come out."""
+    if DEVICE.type == "cpu":
+        if emulator.COMPILER is None:
+            pytest.skip("needs a GPU or g++")
+        monkeypatch.setattr(cuda, "load_kernel", emulator.load_kernel)
+    config = MixKVQConfig.preset("default")
+    recipe = Recipe.of(config, policy_class(config.policy)(config), 2, dim, dim, dtype)
+    keys = (torch.randn(2, 2, 300, dim) * torch.logspace(-1, 0.7, dim)).to(dtype).to(DEVICE)
+    samples = (torch.randn(2, 2, 150, dim) @ torch.randn(dim, dim)).to(dtype).to(DEVICE)
+    samples[1, 1] = 0  # no query yet
+    bits = torch.full((3, 2, dim), 2, dtype=torch.uint8, device=DEVICE)
+    bits[:, :, ::3] = 4
+    where = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 1, 1], [5, 0, 172], [1, 1, 1])]
+    options = {"damping": 0.4, "key_clip": True, "key_unbiased": True}
+    moved = []
+    for blocks in (100, 1):
+        monkeypatch.setattr(cuda, "SHARED_BLOCKS", blocks)
+        moved.append(keys.clone())
+        cuda.move_keys(moved[-1], *where, bits, samples, recipe.layout, **options)
+    assert torch.equal(moved[1][1, 1], keys[1, 1])
+    assert not torch.equal(moved[1][0], keys[0])
+    # Sums in another order: a code may fall to the other side, and later channels follow it.
+    assert ((moved[0] - moved[1]).abs() > 0.01 * keys.abs().amax((0, 1, 2))).float().mean() < 0.02
+
+
 @pytest.mark.parametrize("dim", [64, 96, 256])
 def test_shared_memory_is_known_in_advance(dim: int, monkeypatch: pytest.MonkeyPatch):
     config = MixKVQConfig.preset("default")

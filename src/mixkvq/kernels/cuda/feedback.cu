@@ -26,6 +26,7 @@ struct Arguments {
     const int *rows, *starts, *active;
     const u8* bits;
     const u16* samples;
+    const float* covariance;  // the samples' summed products, where they were summed before, or nothing
     long long key_strides[3], sample_strides[3];
     int sample_count;
     float damping, factors[CLIPS - 1], gains[2];
@@ -206,6 +207,17 @@ __device__ __forceinline__ void add_samples(const Arguments& a, const u16* sampl
     __syncthreads();
 }
 
+// H from a matrix with all channels of the head in their own order.
+__device__ __forceinline__ void load_covariance(const float* covariance, int part, const Memory& memory, Square& h) {
+#pragma unroll
+    for (int i = 0; i < SIDE; ++i) {
+        const float* line = covariance + (memory.order[SIDE * h.row + i] * PARTS + part) * HEAD_DIM;
+#pragma unroll
+        for (int j = 0; j < SIDE; ++j) h.x[i][j] = line[memory.order[SIDE * h.column + j] * PARTS + part];
+    }
+    __syncthreads();
+}
+
 // Line i becomes column i of U, times D_i, in its first i places, and D_i.
 __device__ __forceinline__ void eliminate(Memory& memory, Square& h) {
     for (int owner = 15; owner >= 0; --owner) {
@@ -307,15 +319,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) move_keys(const __grid_
     const long long row = a.rows[block];
     u16* keys = a.keys + row * a.key_strides[0] + head * a.key_strides[1] + a.starts[block] * a.key_strides[2];
     const u16* samples = a.samples + row * a.sample_strides[0] + head * a.sample_strides[1];
+    const float* covariance =
+        a.covariance ? a.covariance + (row * KV_HEADS + head) * (long long)(HEAD_DIM * HEAD_DIM) : nullptr;
 #pragma unroll 8
     for (int i = threadIdx.x; i < TOKENS * CHANNELS; i += THREADS)
         memory.keys[i % CHANNELS][i / CHANNELS] = keys[i / CHANNELS * a.key_strides[2] + i % CHANNELS * PARTS + part];
     float* powers = memory.lines[0];
     if (threadIdx.x < CHANNELS) {
-        float power = 0;
+        const int channel = threadIdx.x * PARTS + part;
+        float power = covariance ? covariance[channel * (HEAD_DIM + 1)] : 0;
 #pragma unroll 16
-        for (int i = 0; i < a.sample_count; ++i) {
-            const float x = to_float(samples[i * a.sample_strides[2] + threadIdx.x * PARTS + part]);
+        for (int i = 0; i < (covariance ? 0 : a.sample_count); ++i) {
+            const float x = to_float(samples[i * a.sample_strides[2] + channel]);
             power = fmaf(x, x, power);
         }
         powers[threadIdx.x] = power;
@@ -327,7 +342,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) move_keys(const __grid_
     find_order(a.bits + (long long)(block * KV_HEADS + head) * HEAD_DIM, powers, part, memory);
 
     Square h;
-    add_samples(a, samples, part, memory, h);
+    __syncthreads();
+    if (covariance) {
+        load_covariance(covariance, part, memory, h);
+    } else {
+        add_samples(a, samples, part, memory, h);
+    }
 #pragma unroll
     for (int i = 0; i < SIDE; ++i)
 #pragma unroll

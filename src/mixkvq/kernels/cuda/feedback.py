@@ -17,13 +17,15 @@ from mixkvq.store.layout import PageLayout
 THREADS = 256
 #: What the kernel is written for: a warp holds a channel of so many tokens.
 TOKENS = 128
+#: Blocks for every row of samples from which on their products are summed once, before the kernel.
+SHARED_BLOCKS = 4
 
 
 class Arguments(ctypes.Structure):
     """``struct Arguments`` of ``feedback.cu``."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("keys", "rows", "starts", "active", "bits", "samples")),
+        *((name, ctypes.c_void_p) for name in ("keys", "rows", "starts", "active", "bits", "samples", "covariance")),
         ("key_strides", ctypes.c_longlong * 3),
         ("sample_strides", ctypes.c_longlong * 3),
         ("sample_count", ctypes.c_int),
@@ -75,8 +77,12 @@ def move_keys(
         return
     macros = kernel_macros(layout, keys.dtype, clip=key_clip, unbiased=key_unbiased)
     kernel: LaunchableKernel = load_kernel("feedback.cu", "move_keys", macros, keys.device.index or 0)
+    covariance = None
+    if len(rows) >= SHARED_BLOCKS * len(samples):
+        flat = samples.float()
+        covariance = flat.transpose(2, 3) @ flat
     arguments = Arguments(
-        *(address(x) for x in (keys, rows, starts, active, bits, samples)),
+        *(address(x) for x in (keys, rows, starts, active, bits, samples, covariance)),
         keys.stride()[:3],
         samples.stride()[:3],
         samples.shape[2],
