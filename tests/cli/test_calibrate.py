@@ -1,5 +1,6 @@
 """``mixkvq calibrate``: from a text to a file for ``--cache``, and back."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,14 +64,33 @@ def test_a_tolerance_instead_of_bits(folder: Path, tmp_path: Path):
         (("--kl", 1e-12), "No bits by layer keep the KL within 1e-12"),
         (("--bits", 3, "--kl", 1), "Give --bits or --kl, not both"),
         (("--cache", "kivi-2"), "a cache with a budget of key channels"),
+        (("--window", 200), "take at least 256 tokens"),
+        (("--window", 4000, "--text", "SHORT"), "has one window of 4000 tokens, and two are needed"),
     ],
 )
 def test_goals_that_cannot_be_reached(folder: Path, tmp_path: Path, arguments: tuple, message: str):
+    (tmp_path / "short.txt").write_text("word " * 1000)
+    arguments = tuple(tmp_path / "short.txt" if word == "SHORT" else word for word in arguments)
     shape = ("--model", folder, "--window", 300, "--windows", 1)
     result = run("calibrate", "budget", tmp_path / "found.json", *shape, *arguments)
     assert result.exit_code == 2, result.output
     assert message in said(result)
     assert not (tmp_path / "found.json").exists()
+
+
+def test_an_interruption_says_what_is_left(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["mixkvq.cli.calibrate"], "measure_menu", interrupted)
+    words = ("calibrate", "budget", tmp_path / "found.json", "--model", folder, "--window", 300, "--windows", 1)
+    for more, message in (
+        ((), "nothing was written"),
+        (("--trials", tmp_path / "trials"), "what was measured is in"),
+    ):
+        result = run(*words, *more)
+        assert result.exit_code == 130
+        assert message in said(result)
 
 
 def test_kvmix_writes_its_profile(folder: Path, tmp_path: Path):

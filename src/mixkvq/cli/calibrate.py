@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ from mixkvq.cli.common import (
     check_writable,
     clean_exit,
     load_model,
+    notes,
     output,
     parse_dtype,
     progress,
@@ -112,12 +114,17 @@ def budget(
     device: DeviceOption = None,
 ) -> None:
     """Which layers' keys and values earn more bits: settings by layer, better at the same size."""
-    with clean_exit():
+    with clean_exit(), _kept(trials):
         check_writable(out)
         base = MixKVQConfig.parse(cache)
         check_base(base)
         if bits is not None and kl is not None:
             raise CalibrationError("Give --bits or --kl, not both.")
+        if window < 2 * measure.WARM_UP:
+            raise CalibrationError(
+                f"--window {window}: take at least {2 * measure.WARM_UP} tokens, of which the first {measure.WARM_UP} "
+                "are not scored."
+            )
         merged = reasoner_adapter(adapter, model) if reasoner else None
         about = {
             "cache": cache,
@@ -135,6 +142,11 @@ def budget(
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
         # Twice as many as asked for: on the second half it is checked what was found on the first.
         tokens = windows(tokenizer, text or [None], window, 2 * count)
+        if len(tokens) < 2:
+            raise CalibrationError(
+                f"The text has one window of {window} tokens, and two are needed: what is found on one is checked on "
+                "the other. Give a longer text, or a smaller --window."
+            )
         if merged is not None:
             network = merge_adapter(network, merged)
         bounds = measure.appends(window, base)
@@ -168,6 +180,18 @@ def budget(
         Calibration(choice.config(base, network), "budget", {**about, **environment()}, results).write(out)
         output.print(calibration_table(cache, plain, found))
         output.print(f"Wrote {out}; use it with --cache {out}", soft_wrap=True)
+
+
+@contextmanager
+def _kept(trials: Path | None) -> Iterator[None]:
+    """Say what an interruption has left."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if trials is None:
+            raise
+        notes.print(f"Interrupted; what was measured is in {trials}. The same command goes on from there.")
+        raise typer.Exit(130) from None
 
 
 def _chains(tokenizer: PreTrainedTokenizerBase, base: MixKVQConfig, count: int, weight: float) -> list[Text]:
