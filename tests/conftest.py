@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores. Threads of their own would wait for each other in every small operation.
@@ -14,9 +15,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a module with kernels is imported
 
+from chats import chat_tokenizer
 from mixkvq import MixKVQConfig, all_presets
 from mixkvq.layers import LayerCache, Step
 from mixkvq.policies import policy_class
+from models import tiny_model
 
 #: Every preset, and overrides that reach what no preset does: both thresholds crossed, odd widths, small blocks.
 CONFIGS = [
@@ -35,6 +38,15 @@ CONFIGS = [
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model with a chat template."""
+    path = tmp_path_factory.mktemp("chat")
+    chat_tokenizer().save_pretrained(path)
+    tiny_model("llama").save_pretrained(path)
+    return path
 
 
 @pytest.fixture(params=CONFIGS)

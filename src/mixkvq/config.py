@@ -71,8 +71,8 @@ class MixKVQConfig:
         debug: check keys and values for NaN and infinity, and masks for hidden past tokens, at every step.
         layers: what differs in each layer of the model, as a mapping of fields for every one of them, such as
             ``[{"budget": 3.2}, {}, ...]``. Calibrations bring these (docs/calibration.md). Kept as sorted pairs.
-        model: the model that ``layers`` are for, as :func:`mixkvq.adapters.transformers.model_shape` describes it; a
-            cache for another model refuses the configuration.
+        model: the model that ``layers`` are for, as :func:`mixkvq.adapters.transformers.support.model_shape` has it;
+            a cache for another model refuses the configuration.
     """
 
     policy: str = "mixkvq"

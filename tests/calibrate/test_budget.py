@@ -1,6 +1,7 @@
 """Bits by layer: predictions against measured KL, the integer program, and the search for the fewest bits."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from mixkvq import MixKVQConfig
 from mixkvq.calibrate.allocation import allocate
 from mixkvq.calibrate.budget import KEY_BUDGETS, VALUE_BITS, Menu, Text, check_base, measure_menu, smallest
-from mixkvq.calibrate.capture import quantized_layers, record
+from mixkvq.calibrate.capture import record
 from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate.layers import quantized_layers
 from mixkvq.calibrate.sensitivity import layer_costs
 from mixkvq.calibrate.trials import Trials
 from mixkvq.evaluate.fidelity import WARM_UP, appends, fidelity
@@ -118,7 +120,7 @@ def test_a_tolerance_that_nothing_keeps():
         smallest(menu(), 1e-9, lambda choice: choice.predicted)
 
 
-def test_measurements_are_taken_up_again(tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_measurements_are_taken_up_again(tmp_path: Path):
     model, journal = tiny_model("llama"), tmp_path / "trials"
     texts = [Text(f"{i}", torch.randint(3, VOCABULARY, (150,)), appends(150, BASE), 40) for i in range(2)]
     steps: list[str] = []
@@ -148,10 +150,8 @@ def test_caches_without_a_budget_have_no_bits_by_layer():
             check_base(base)
 
 
-def test_a_model_without_gradients():
+def test_a_model_without_gradients(monkeypatch: pytest.MonkeyPatch):
     model = tiny_model("llama")
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        patch.setattr(type(model.model.norm), "forward", lambda _, x: x.detach())
-        with pytest.raises(CalibrationError, match="none come through the model"):
-            record(model, torch.randint(3, VOCABULARY, (100,)), 50, appends(100, BASE), torch.Generator())
+    monkeypatch.setattr(type(model.model.norm), "forward", lambda _, x: x.detach())
+    with pytest.raises(CalibrationError, match="none come through the model"):
+        record(model, torch.randint(3, VOCABULARY, (100,)), 50, appends(100, BASE), torch.Generator())

@@ -6,19 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from chats import chat_tokenizer
 from mixkvq import MixKVQConfig
 from mixkvq.calibrate.file import Calibration
 from mixkvq.cli import app
-from models import tiny_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    chat_tokenizer().save_pretrained(path)
-    tiny_model("llama").save_pretrained(path)
-    return path
 
 
 def run(*arguments: object) -> Result:
@@ -29,9 +19,9 @@ def said(result: Result) -> str:
     return " ".join(result.output.split())
 
 
-def test_budgets_by_layer_from_end_to_end(folder: Path, tmp_path: Path):
+def test_budgets_by_layer_from_end_to_end(chat: Path, tmp_path: Path):
     out = tmp_path / "found.json"
-    shape = ("--model", folder, "--window", 300, "--windows", 1)
+    shape = ("--model", chat, "--window", 300, "--windows", 1)
     words = ("calibrate", "budget", out, *shape, "--bits", 4, "--trials", tmp_path / "trials")
     result = run(*words)
     assert result.exit_code == 0, result.output
@@ -43,13 +33,13 @@ def test_budgets_by_layer_from_end_to_end(folder: Path, tmp_path: Path):
     again = run(*words)  # everything was measured before
     assert again.exit_code == 0, again.output
     assert Calibration.read(out).config == found.config
-    used = run("fidelity", "--model", folder, "--window", 300, "--windows", 1, "--cache", out)
+    used = run("fidelity", "--model", chat, "--window", 300, "--windows", 1, "--cache", out)
     assert used.exit_code == 0, used.output
 
 
-def test_a_tolerance_instead_of_bits(folder: Path, tmp_path: Path):
+def test_a_tolerance_instead_of_bits(chat: Path, tmp_path: Path):
     out = tmp_path / "found.json"
-    shape = ("--model", folder, "--window", 300, "--windows", 1)
+    shape = ("--model", chat, "--window", 300, "--windows", 1)
     assert run("calibrate", "budget", out, *shape, "--bits", 4).exit_code == 0
     kl = 1.2 * Calibration.read(out).results["found"]["kl"]
     result = run("calibrate", "budget", out, *shape, "--kl", kl)
@@ -68,22 +58,22 @@ def test_a_tolerance_instead_of_bits(folder: Path, tmp_path: Path):
         (("--window", 4000, "--text", "SHORT"), "has one window of 4000 tokens, and two are needed"),
     ],
 )
-def test_goals_that_cannot_be_reached(folder: Path, tmp_path: Path, arguments: tuple, message: str):
+def test_goals_that_cannot_be_reached(chat: Path, tmp_path: Path, arguments: tuple, message: str):
     (tmp_path / "short.txt").write_text("word " * 1000)
     arguments = tuple(tmp_path / "short.txt" if word == "SHORT" else word for word in arguments)
-    shape = ("--model", folder, "--window", 300, "--windows", 1)
+    shape = ("--model", chat, "--window", 300, "--windows", 1)
     result = run("calibrate", "budget", tmp_path / "found.json", *shape, *arguments)
     assert result.exit_code == 2, result.output
     assert message in said(result)
     assert not (tmp_path / "found.json").exists()
 
 
-def test_an_interruption_says_what_is_left(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interruption_says_what_is_left(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["mixkvq.cli.calibrate"], "measure_menu", interrupted)
-    words = ("calibrate", "budget", tmp_path / "found.json", "--model", folder, "--window", 300, "--windows", 1)
+    words = ("calibrate", "budget", tmp_path / "found.json", "--model", chat, "--window", 300, "--windows", 1)
     for more, message in (
         ((), "nothing was written"),
         (("--trials", tmp_path / "trials"), "what was measured is in"),
@@ -93,9 +83,9 @@ def test_an_interruption_says_what_is_left(folder: Path, tmp_path: Path, monkeyp
         assert message in said(result)
 
 
-def test_kvmix_writes_its_profile(folder: Path, tmp_path: Path):
+def test_kvmix_writes_its_profile(chat: Path, tmp_path: Path):
     out = tmp_path / "kvmix.json"
-    result = run("calibrate", "kvmix", out, "--model", folder, "--window", 60, "--windows", 2)
+    result = run("calibrate", "kvmix", out, "--model", chat, "--window", 60, "--windows", 2)
     assert result.exit_code == 0, result.output
     found = Calibration.read(out)
     assert found.config.policy == "kvmix"

@@ -16,15 +16,6 @@ from models import tiny_model
 RETRIEVAL = sys.modules["mixkvq.cli.retrieval"]
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a chat template."""
-    path = tmp_path_factory.mktemp("chat")
-    chat_tokenizer().save_pretrained(path)
-    tiny_model("llama").save_pretrained(path)
-    return path
-
-
 def run(*arguments: object) -> Result:
     return CliRunner(env={"COLUMNS": "160"}).invoke(app, ["retrieval", *(str(argument) for argument in arguments)])
 

@@ -23,15 +23,6 @@ LINEAR = ["q_proj", "v_proj"]
 EVAL = sys.modules["mixkvq.cli.eval"]
 
 
-@pytest.fixture(scope="session")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a chat template."""
-    path = tmp_path_factory.mktemp("chat")
-    chat_tokenizer().save_pretrained(path)
-    tiny_model("llama").save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     """A model that solves the reasoner's problems, but for those of the second family."""

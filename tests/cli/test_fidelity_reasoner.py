@@ -11,22 +11,14 @@ from mixkvq.cli import app, common
 from models import tiny_model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    chat_tokenizer().save_pretrained(path)
-    tiny_model("llama").save_pretrained(path)
-    return path
-
-
 def run(*arguments: object) -> Result:
     words = ["fidelity", "--window", "256", "--windows", "1", *map(str, arguments)]
     return CliRunner(env={"COLUMNS": "120"}).invoke(app, words)
 
 
-def test_chains_stand_beside_text(folder: Path, tmp_path: Path):
+def test_chains_stand_beside_text(chat: Path, tmp_path: Path):
     path = tmp_path / "rows.json"
-    result = run("--model", folder, "--reasoner", 2, "--cache", "bf16", "--cache", "kivi-2", "--json", path)
+    result = run("--model", chat, "--reasoner", 2, "--cache", "bf16", "--cache", "kivi-2", "--json", path)
     assert result.exit_code == 0, result.output
     assert "Right chains of 2 problems" in result.output
     rows = {row["cache"]: row for row in json.loads(path.read_text())}
@@ -36,7 +28,7 @@ def test_chains_stand_beside_text(folder: Path, tmp_path: Path):
     assert names == ["running-arithmetic/dev/0", "assignments/dev/0"]
 
 
-def test_what_cannot_be_served_is_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_served_is_said(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(common, "REASONER", tmp_path / "nothing")
     for arguments, message in (
         (("--reasoner", -1), "score the chains of at least one problem"),

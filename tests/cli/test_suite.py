@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from chats import chat_tokenizer
 from mixkvq.cli import app
 from mixkvq.config import all_presets
 from mixkvq.report.fidelity import pareto_front
-from models import tiny_model
 
 
 def test_the_front_is_what_none_beats():
@@ -19,12 +17,10 @@ def test_the_front_is_what_none_beats():
     assert pareto_front([]) == []
 
 
-def test_every_preset_is_a_row(tmp_path: Path):
-    chat_tokenizer().save_pretrained(tmp_path)
-    tiny_model("llama").save_pretrained(tmp_path)
+def test_every_preset_is_a_row(chat: Path, tmp_path: Path):
     rows, words = tmp_path / "rows.json", ["--window", "256", "--windows", "1"]
     run = CliRunner(env={"COLUMNS": "120"}).invoke
-    result = run(app, ["fidelity", "--suite", "all", "--model", str(tmp_path), *words, "--json", str(rows)])
+    result = run(app, ["fidelity", "--suite", "all", "--model", str(chat), *words, "--json", str(rows)])
     assert result.exit_code == 0, result.output
     found = {row["cache"] for row in json.loads(rows.read_text())}
     # The package's calibrations are for another model.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mixkvq.adapters.transformers.support import model_shape
 from mixkvq.calibrate.allocation import allocate
-from mixkvq.calibrate.capture import quantized_layers, record
+from mixkvq.calibrate.capture import record
 from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate.layers import quantized_layers, with_layers
 from mixkvq.calibrate.sensitivity import layer_costs
 from mixkvq.calibrate.trials import Trials
 from mixkvq.config import MixKVQConfig
@@ -105,8 +106,7 @@ class Choice:
 
     def config(self, base: MixKVQConfig, model: PreTrainedModel) -> MixKVQConfig:
         """``base`` with these fields, for this model."""
-        count = model.config.get_text_config(decoder=True).num_hidden_layers
-        return base.replace(layers=[self.layers.get(i, {}) for i in range(count)], model=model_shape(model.config))
+        return with_layers(base, self.layers, model)
 
 
 def check_base(base: MixKVQConfig) -> None:
@@ -138,37 +138,44 @@ def measure_menu(
     """
     check_base(base)
     layers = quantized_layers(model)
-    totals: list[dict[str, Any]] = []
+    totals = []
     for index, text in enumerate(texts):
-
-        def measure(index: int = index, text: Text = text) -> dict[str, Any]:
-            generator = torch.Generator(device=model.device).manual_seed(seed + index)
-            tapes = record(model, text.tokens.to(model.device), text.first, text.bounds, generator, samples)
-            advance("gradients")
-            keys: dict[int, list[float]] = {layer: [] for layer in layers}
-            values: dict[int, list[float]] = {layer: [] for layer in layers}
-            key_bits: list[float] = []
-            value_bits: list[float] = []
-            for at, budget in enumerate(KEY_BUDGETS):
-                config = base.replace(budget=budget, value_bits=VALUE_BITS[min(at, len(VALUE_BITS) - 1)])
-                for tape in tapes:
-                    costs = layer_costs(tape, config, text.bounds)
-                    for row, layer in enumerate(tape.layers):
-                        keys[layer].append(float(costs.keys[row]))
-                        values[layer].append(float(costs.values[row]))
-                key_bits.append(costs.memory.key_bits)
-                value_bits.append(costs.memory.value_bits)
-                advance(f"{budget} bits")
-            return {
-                "keys": [keys[layer] for layer in layers],
-                "values": [values[layer][: len(VALUE_BITS)] for layer in layers],
-                "key_bits": key_bits,
-                "value_bits": value_bits[: len(VALUE_BITS)],
-            }
-
-        totals.append(trials.once(text.name, measure))
-
+        generator = torch.Generator(device=model.device).manual_seed(seed + index)
+        totals.append(trials.once(text.name, partial(_measure, model, base, text, layers, generator, samples, advance)))
     return _mean_menu(layers, totals, [text.weight for text in texts])
+
+
+def _measure(
+    model: PreTrainedModel,
+    base: MixKVQConfig,
+    text: Text,
+    layers: list[int],
+    generator: torch.Generator,
+    samples: int,
+    advance: Callable[[str], None],
+) -> dict[str, Any]:
+    """A menu of one text, as it is kept."""
+    tapes = record(model, text.tokens.to(model.device), text.first, text.bounds, generator, samples)
+    advance("gradients")
+    keys: dict[int, list[float]] = {layer: [] for layer in layers}
+    values: dict[int, list[float]] = {layer: [] for layer in layers}
+    key_bits, value_bits = [], []
+    for at, budget in enumerate(KEY_BUDGETS):
+        config = base.replace(budget=budget, value_bits=VALUE_BITS[min(at, len(VALUE_BITS) - 1)])
+        for tape in tapes:
+            costs = layer_costs(tape, config, text.bounds)
+            for row, layer in enumerate(tape.layers):
+                keys[layer].append(float(costs.keys[row]))
+                values[layer].append(float(costs.values[row]))
+        key_bits.append(costs.memory.key_bits)
+        value_bits.append(costs.memory.value_bits)
+        advance(f"{budget} bits")
+    return {
+        "keys": [keys[layer] for layer in layers],
+        "values": [values[layer][: len(VALUE_BITS)] for layer in layers],
+        "key_bits": key_bits,
+        "value_bits": value_bits[: len(VALUE_BITS)],
+    }
 
 
 def _mean_menu(layers: list[int], texts: Sequence[dict[str, Any]], weights: Sequence[float]) -> Menu:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from mixkvq.adapters.transformers import MixKVQCache
 from mixkvq.adapters.transformers.attention import attention_forward
 from mixkvq.adapters.transformers.masks import build_mask
 from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate.layers import quantized_layers
 from mixkvq.kernels.partial import causal
 from mixkvq.models import attention
 
@@ -98,12 +98,6 @@ def record(
         )
         for at in by_shape.values()
     ]
-
-
-def quantized_layers(model: PreTrainedModel) -> list[int]:
-    """Numbers of the layers whose keys and values a cache of this package would store."""
-    cache = MixKVQCache(model.config, "bf16")
-    return [index for index, layer in enumerate(cache.layers) if layer in cache.quantized_layers]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,10 @@ class Calibration:
         Raises:
             ConfigError: there is none, or it is not whole.
         """
-        raw = _load(path)
+        return cls._of(_load(path), path)
+
+    @classmethod
+    def _of(cls, raw: dict[str, Any], path: Path) -> Calibration:
         if raw.get("format") != FORMAT:
             raise ConfigError(f"'{path}' is no calibration: its format is {raw.get('format')!r}, not {FORMAT!r}.")
         missing = {"kind", "config", "digest", "about", "results"} - set(raw)
@@ -80,7 +83,7 @@ def read_config(path: Path) -> MixKVQConfig:
     if not path.exists() and (SHIPPED / path).exists() and path.name == str(path):
         path = SHIPPED / path
     raw = _load(path)
-    return Calibration.read(path).config if "format" in raw else MixKVQConfig.from_dict(raw)
+    return Calibration._of(raw, path).config if "format" in raw else MixKVQConfig.from_dict(raw)
 
 
 def shipped() -> list[str]:

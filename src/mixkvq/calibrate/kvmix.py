@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixkvq.adapters.transformers import NAME
-from mixkvq.calibrate.capture import quantized_layers
 from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate.layers import quantized_layers
 from mixkvq.models import attention
 
 
@@ -30,8 +30,8 @@ def gradient_norms(
     Raises:
         CalibrationError: keys and values have no projections of their own, or these have no gradients.
     """
-    projections = _projections(model)
     layers = quantized_layers(model)
+    projections = _projections(model, layers)
     weights = [projections[layer][part] for part in (0, 1) for layer in layers]
     norms = torch.zeros(len(weights), dtype=torch.float64)
     with attention(model, NAME), torch.enable_grad():
@@ -44,7 +44,7 @@ def gradient_norms(
     return dict(zip(layers, keys, strict=True)), dict(zip(layers, values, strict=True))
 
 
-def _projections(model: PreTrainedModel) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
+def _projections(model: PreTrainedModel, layers: list[int]) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
     found = {}
     for module in model.modules():
         layer, parts = (
@@ -54,7 +54,7 @@ def _projections(model: PreTrainedModel) -> dict[int, tuple[nn.Parameter, nn.Par
         weights = [getattr(part, "weight", None) for part in parts]
         if isinstance(layer, int) and all(isinstance(part, nn.Linear) for part in parts):
             found[layer] = tuple(weights)
-    missing = [layer for layer in quantized_layers(model) if layer not in found]
+    missing = [layer for layer in layers if layer not in found]
     if missing:
         raise CalibrationError(
             f"KVmix ranks layers by the weights of k_proj and v_proj, and layer {missing[0]} of this "

@@ -12,12 +12,12 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mixkvq.adapters.transformers.support import model_shape
 from mixkvq.bench.environment import environment
 from mixkvq.calibrate.budget import KEY_BUDGETS, Choice, Menu, Text, check_base, measure_menu, smallest
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.kvmix import gradient_norms
+from mixkvq.calibrate.layers import with_layers
 from mixkvq.calibrate.thresholds import thresholds_for_bits
 from mixkvq.calibrate.trials import Trials
 from mixkvq.cli.common import (
@@ -30,6 +30,7 @@ from mixkvq.cli.common import (
     WindowsOption,
     check_writable,
     clean_exit,
+    inputs,
     load_model,
     notes,
     output,
@@ -43,7 +44,7 @@ from mixkvq.evaluate import fidelity as measure
 from mixkvq.evaluate.chains import encode
 from mixkvq.evaluate.likelihood import pieces
 from mixkvq.evaluate.problems import problem_set
-from mixkvq.evaluate.texts import BUILT_IN, windows
+from mixkvq.evaluate.texts import windows
 from mixkvq.models import DEFAULT_MODEL, merge_adapter
 from mixkvq.policies.kvmix import allocate_layers
 from mixkvq.report.tables import calibration_table
@@ -129,10 +130,9 @@ def budget(
         about = {
             "cache": cache,
             "config": base.as_dict(),
-            "model": model or DEFAULT_MODEL,
+            **inputs(model, text),
             "adapter": None if merged is None else merged.name,
             "dtype": dtype,
-            "text": [path.name for path in text] if text else [BUILT_IN],
             "window": window,
             "windows": count,
             "reasoner": reasoner,
@@ -255,16 +255,9 @@ def kvmix(
             task = bar.add_task("gradients", total=len(prompts))
             keys, values = gradient_norms(network, prompts, lambda: bar.advance(task))
         fields = allocate_layers(keys, values)
-        layers = [fields.get(i, {}) for i in range(network.config.get_text_config(decoder=True).num_hidden_layers)]
-        config = MixKVQConfig.preset("kvmix", layers=layers, model=model_shape(network.config))
-        about = {
-            "model": model or DEFAULT_MODEL,
-            "text": [path.name for path in text] if text else [BUILT_IN],
-            "window": window,
-            "windows": count,
-            **environment(),
-        }
+        config = with_layers(MixKVQConfig.preset("kvmix"), fields, network)
+        about = {**inputs(model, text), "window": window, "windows": count, **environment()}
         Calibration(config, "kvmix", about, {"key_norms": keys, "value_norms": values}).write(out)
         for name, bits in (("keys of 3 bits", "key_bits"), ("values of 4 bits", "value_bits")):
-            output.print(f"{name}: layers {', '.join(str(i) for i, own in enumerate(layers) if bits in own)}")
+            output.print(f"{name}: layers {', '.join(str(i) for i, own in fields.items() if bits in own)}")
         output.print(f"Wrote {out}; use it with --cache {out}", soft_wrap=True)

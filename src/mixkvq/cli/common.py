@@ -32,7 +32,7 @@ from mixkvq.adapters.transformers import UnsupportedModelError
 from mixkvq.config import ConfigError, MixKVQConfig
 from mixkvq.evaluate.chains import ChatTemplateError
 from mixkvq.evaluate.errors import EvaluationError
-from mixkvq.evaluate.texts import TextError
+from mixkvq.evaluate.texts import BUILT_IN, TextError
 from mixkvq.models import DEFAULT_MODEL, ModelError, check_adapter, load
 from mixkvq.store.books import CacheFullError
 
@@ -142,6 +142,11 @@ def reasoner_adapter(given: Path | None, model: str | None) -> Path | None:
     folder = given or REASONER
     check_adapter(folder)
     return folder
+
+
+def inputs(model: str | None, text: Sequence[Path] | None) -> dict[str, Any]:
+    """What was read, for results: the model's name and the texts' file names."""
+    return {"model": model or DEFAULT_MODEL, "text": [path.name for path in text] if text else [BUILT_IN]}
 
 
 def progress() -> Progress:

@@ -24,6 +24,7 @@ from mixkvq.cli.common import (
     WindowsOption,
     check_writable,
     clean_exit,
+    inputs,
     load_model,
     output,
     parse_caches,
@@ -37,8 +38,8 @@ from mixkvq.evaluate import fidelity as measure
 from mixkvq.evaluate.chains import Chain, encode
 from mixkvq.evaluate.likelihood import chain_fidelity
 from mixkvq.evaluate.problems import problem_set
-from mixkvq.evaluate.texts import BUILT_IN, windows
-from mixkvq.models import DEFAULT_MODEL, context_length, merge_adapter
+from mixkvq.evaluate.texts import windows
+from mixkvq.models import context_length, merge_adapter
 from mixkvq.policies.mixkvq import PAPER_THRESHOLDS
 from mixkvq.report.tables import chain_table, fidelity_table
 
@@ -102,13 +103,7 @@ def fidelity(
             )
         output.print(fidelity_table(rows))
         chains = _chains(network, merged, encoded, configs) if encoded else {}
-        about = {
-            "model": model or DEFAULT_MODEL,
-            "dtype": dtype,
-            "text": [path.name for path in text] if text else [BUILT_IN],
-            "window": window,
-            **environment(),
-        }
+        about = {**inputs(model, text), "dtype": dtype, "window": window, **environment()}
         write_json(json_file, [{**row.as_dict(), **chains.get(row.cache, {}), **about} for row in rows])
 
 

@@ -103,11 +103,6 @@ class GroupedCache:
         for group in self.groups:
             group.reset()
 
-    def check(self) -> None:
-        """See :meth:`ModelCache.check`."""
-        for group in self.groups:
-            group.check()
-
     def memory(self) -> MemoryReport:
         """Bytes held, by part. Waits for the device."""
         report = MemoryReport()
