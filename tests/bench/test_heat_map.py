@@ -8,7 +8,7 @@ from rich.console import Console
 
 from mixkvq.evaluate.retrieval import Cell, Summary
 from mixkvq.report.figures import save
-from mixkvq.report.retrieval import heat_map, retrieval_table
+from mixkvq.report.retrieval import heat_map, retrieval_figures, retrieval_table
 
 KINDS, CACHES, LENGTHS, DEPTHS = (
     ("needle", "variables"),
@@ -42,6 +42,17 @@ def test_panels_and_labels(tmp_path: Path):
     for name in ("map.svg", "map.png"):
         save(figure, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_files_of_results_are_drawn_by_model():
+    rows = [{**cell.as_dict(), "model": "tiny"} for cell in CELLS if (cell.kind, cell.depth) != ("variables", 0.5)]
+    figures = retrieval_figures([*rows, {"cache": "bf16", "kl": 0.0}])
+    assert list(figures) == ["retrieval"]
+    shares = figures["retrieval"].axes[2].images[0].get_array()
+    assert shares.mask.tolist() == [[False, False], [True, True], [False, False]]  # what was not asked is left white
+    assert len(figures["retrieval"].axes[2].texts) == 4
+    two = retrieval_figures([*rows, {**rows[0], "model": "other"}])
+    assert sorted(two) == ["retrieval-other", "retrieval-tiny"]
 
 
 def test_colours_can_be_read_in_black_and_white():

@@ -13,6 +13,7 @@ from mixkvq.bench import BF16
 from mixkvq.report.accuracy import accuracy_figures
 from mixkvq.report.fidelity import fidelity_figures
 from mixkvq.report.figures import COLOURS, FORMATS, GREY, MARKERS, PlotError, furnish, new_figure, save, slug
+from mixkvq.report.retrieval import retrieval_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,8 +54,8 @@ def plot_files(files: Sequence[Path], out: Path) -> list[Path]:
     """Draw the results in some files.
 
     Args:
-        files: what ``mixkvq bench kernel``, ``generate`` and ``capacity``, ``mixkvq eval`` and ``mixkvq fidelity``
-            wrote.
+        files: what ``mixkvq bench kernel``, ``generate`` and ``capacity``, ``mixkvq eval``, ``fidelity`` and
+            ``retrieval`` wrote.
         out: a folder, made if it is not there.
 
     Returns:
@@ -65,12 +66,13 @@ def plot_files(files: Sequence[Path], out: Path) -> list[Path]:
     """
     rows = [row for file in files for row in _read(file)]
     pictures = [*_speed_ups(rows), *_throughputs(rows), *_memories(rows)]
-    figures = {picture.name: draw(picture) for picture in pictures} | accuracy_figures(rows) | fidelity_figures(rows)
+    figures = {picture.name: draw(picture) for picture in pictures}
+    figures |= accuracy_figures(rows) | fidelity_figures(rows) | retrieval_figures(rows)
     if not figures:
         raise PlotError(
             "There is nothing to draw in these files: a line takes results at two contexts (bench kernel, bench "
             "generate) or at two batches (bench generate, bench capacity), a front takes two caches (fidelity); "
-            "accuracies (eval) stand for themselves."
+            "accuracies (eval) and what was found (retrieval) stand for themselves."
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ def _read(file: Path) -> list[Row]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PlotError(f"Cannot read '{file}': {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) and {"cache", "device"} <= set(row) for row in rows):
-        raise PlotError(f"'{file}' does not hold results of mixkvq bench, eval or fidelity.")
+        raise PlotError(f"'{file}' does not hold results of mixkvq bench, eval, fidelity or retrieval.")
     return rows
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from mixkvq.evaluate.retrieval import Cell, Summary
+from mixkvq.evaluate.retrieval import Cell, Reply, Summary
 from mixkvq.evaluate.retrieval.summary import SURE
-from mixkvq.report.figures import new_figure
+from mixkvq.report.figures import new_figure, slug
 from mixkvq.report.tables import new_table
 
 if TYPE_CHECKING:
@@ -47,8 +49,23 @@ def retrieval_table(title: str, rows: Sequence[Summary]) -> Table:
     return table
 
 
+def retrieval_figures(rows: Iterable[dict[str, Any]]) -> dict[str, Figure]:
+    """Heat maps by file name, one for each model in what ``mixkvq retrieval --json`` wrote; other rows are left out."""
+    models: dict[str, list[Cell]] = defaultdict(list)
+    for row in rows:
+        if {"kind", "depth", "replies"} <= set(row):
+            fields = {name: row[name] for name in ("cache", "kind", "length", "depth", "found", "log_probability")}
+            replies = tuple(Reply(**reply) for reply in row["replies"])
+            models[row["model"]].append(Cell(**fields, bits=row["bits"], replies=replies))
+    return {
+        "retrieval" if len(models) == 1 else f"retrieval-{slug(model)}": heat_map(cells, f"Found by {model}")
+        for model, cells in models.items()
+    }
+
+
 def heat_map(cells: Sequence[Cell], title: str = "") -> Figure:
-    """A panel for each kind (rows) and cache (columns): the share found, by depth and length.
+    """A panel for each kind (rows) and cache (columns): the share found, by depth and length. What was not asked is
+    left white.
 
     Raises:
         PlotError: matplotlib is missing.
@@ -62,7 +79,7 @@ def heat_map(cells: Sequence[Cell], title: str = "") -> Figure:
     found = {(cell.kind, cell.cache, cell.length, cell.depth): cell.found for cell in cells}
     for kind, row in zip(kinds, panels, strict=True):
         for cache, axes in zip(caches, row, strict=True):
-            shares = [[found[kind, cache, length, depth] for length in lengths] for depth in depths]
+            shares = [[found.get((kind, cache, length, depth), math.nan) for length in lengths] for depth in depths]
             image = _panel(axes, shares)
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
             axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
@@ -83,6 +100,8 @@ def _panel(axes: Axes, shares: list[list[float]]) -> AxesImage:
     image = axes.imshow(shares, vmin=0, vmax=1, cmap=COLOURS, aspect="auto")
     for y, row in enumerate(shares):
         for x, share in enumerate(row):
+            if math.isnan(share):
+                continue
             colour = "white" if share > DARK else "black"
             axes.text(x, y, f"{share:.0%}", ha="center", va="center", color=colour, fontsize=9)
     axes.tick_params(labelsize=9, length=3)

@@ -13,10 +13,10 @@ from mixkvq.report.plots import plot_files
 
 
 def plot(
-    files: Annotated[list[Path], typer.Argument(help="JSON files that bench commands wrote.")],
+    files: Annotated[list[Path], typer.Argument(help="JSON files that bench, eval, fidelity or retrieval wrote.")],
     out: Annotated[Path, typer.Option(help="The folder for the pictures.")] = Path(),
 ) -> None:
-    """Draw what the files hold: speed-up and memory over context, throughput over batch, as PNG and SVG."""
+    """Draw what the files hold: speed-up, memory, throughput, accuracies, KL over bits, heat maps; as PNG and SVG."""
     with clean_exit():
         try:
             pictures = plot_files(files, out)
