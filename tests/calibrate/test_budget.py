@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from mixkvq import MixKVQConfig
 from mixkvq.calibrate.allocation import allocate
-from mixkvq.calibrate.budget import KEY_BUDGETS, VALUE_BITS, Menu, Text, check_base, measure_menu, smallest
+from mixkvq.calibrate.budget import (
+    Menu,
+    Text,
+    check_base,
+    key_options,
+    measure_menu,
+    smallest,
+    value_options,
+)
 from mixkvq.calibrate.capture import record
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.layers import quantized_layers
@@ -20,6 +28,7 @@ from mixkvq.evaluate.fidelity import WARM_UP, appends, fidelity
 from models import VOCABULARY, tiny_model
 
 BASE = MixKVQConfig.preset("default", residual_length=32, key_group=32)
+KEYS, VALUES = key_options(BASE), value_options()
 
 
 def test_the_integer_program_by_hand():
@@ -80,9 +89,17 @@ def test_predictions_are_near_the_measured_kl(architecture: str):
 
 
 def menu() -> Menu:
-    keys = [[8.0 / 4**i for i in range(len(KEY_BUDGETS))], [2.0 / 4**i for i in range(len(KEY_BUDGETS))]]
-    values = [[1.0 / 4**i for i in range(len(VALUE_BITS))]] * 2
-    return Menu([0, 1], keys, values, [bits + 0.25 for bits in KEY_BUDGETS], [bits + 0.25 for bits in VALUE_BITS])
+    key_bits = [option.get("budget") or option["key_bits"] for option in KEYS]
+    value_bits = [option["value_bits"] for option in VALUES]
+    return Menu(
+        layers=[0, 1],
+        key_options=KEYS,
+        value_options=VALUES,
+        keys=[[8.0 / 4**i for i in range(len(KEYS))], [2.0 / 4**i for i in range(len(KEYS))]],
+        values=[[1.0 / 4**i for i in range(len(VALUES))]] * 2,
+        key_bits=[bits + 0.25 for bits in key_bits],
+        value_bits=[bits + 0.25 for bits in value_bits],
+    )
 
 
 def test_sensitive_layers_get_more():
@@ -91,7 +108,8 @@ def test_sensitive_layers_get_more():
     assert choice.bits <= 2.75
     assert choice.predicted == pytest.approx(
         sum(
-            menu().keys[i][KEY_BUDGETS.index(own["budget"])] + menu().values[i][VALUE_BITS.index(own["value_bits"])]
+            menu().keys[i][KEYS.index({"budget": own["budget"]})]
+            + menu().values[i][VALUES.index({"value_bits": own["value_bits"]})]
             for i, own in choice.layers.items()
         )
     )
@@ -116,7 +134,7 @@ def test_the_fewest_bits_within_a_tolerance(ratio: float):
 
 
 def test_a_tolerance_that_nothing_keeps():
-    with pytest.raises(CalibrationError, match=r"No bits by layer keep the KL within 1e-09: at 4.25 bits"):
+    with pytest.raises(CalibrationError, match=r"No bits by layer keep the KL within 1e-09: at 8.25 bits"):
         smallest(menu(), 1e-9, lambda choice: choice.predicted)
 
 
@@ -127,14 +145,14 @@ def test_measurements_are_taken_up_again(tmp_path: Path):
 
     def interrupt(what: str) -> None:
         steps.append(what)
-        if len(steps) == len(KEY_BUDGETS) + 2:  # in the second text
+        if len(steps) == len(KEYS) + 2:  # in the second text
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         measure_menu(model, BASE, texts, Trials(journal, {"seed": 0}), advance=interrupt)
     steps.clear()
     found = measure_menu(model, BASE, texts, Trials(journal, {"seed": 0}), advance=steps.append)
-    assert steps == ["gradients", *(f"{budget} bits" for budget in KEY_BUDGETS)]
+    assert steps == ["gradients", *(f"option {i + 1} of {len(KEYS)}" for i in range(len(KEYS)))]
     assert found == measure_menu(model, BASE, texts, Trials(None, {"seed": 0}))
     assert all(costs[0] > costs[-1] > 0 for costs in [*found.keys, *found.values])
     with pytest.raises(CalibrationError, match=r"holds trials of other settings \(seed\)"):

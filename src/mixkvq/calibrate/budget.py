@@ -22,7 +22,9 @@ from mixkvq.config import MixKVQConfig
 #: Budgets of key channels to choose from.
 KEY_BUDGETS = (2.25, 2.5, 2.84, 3.25, 3.6, 4.0)
 #: Widths of values to choose from.
-VALUE_BITS = (2, 3, 4)
+VALUE_BITS = (2, 3, 4, 8)
+
+Options = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,14 @@ class Menu:
 
     Attributes:
         layers: numbers of the layers.
-        keys, values: by layer, predicted KL of each of :data:`KEY_BUDGETS` and of :data:`VALUE_BITS`.
-        key_bits, value_bits: honest bits per element of each option.
+        key_options, value_options: fields of the configuration, by rising size.
+        keys, values: by layer, predicted KL of each option.
+        key_bits, value_bits: honest bits per element of each.
     """
 
     layers: list[int]
+    key_options: Options
+    value_options: Options
     keys: list[list[float]]
     values: list[list[float]]
     key_bits: list[float]
@@ -88,7 +93,7 @@ class Menu:
         found = allocate(costs, sizes, bits * 2 * count + 1e-9)
         return Choice(
             {
-                layer: {"budget": KEY_BUDGETS[key], "value_bits": VALUE_BITS[value]}
+                layer: {**self.key_options[key], **self.value_options[value]}
                 for layer, key, value in zip(self.layers, found[:count], found[count:], strict=True)
             },
             bits=sum(part[at] for part, at in zip(sizes, found, strict=True)) / (2 * count),
@@ -107,6 +112,22 @@ class Choice:
     def config(self, base: MixKVQConfig, model: PreTrainedModel) -> MixKVQConfig:
         """``base`` with these fields, for this model."""
         return with_layers(base, self.layers, model)
+
+
+def key_options(base: MixKVQConfig) -> Options:
+    """What a layer's keys may have: budgets; then one width for all, in the smaller groups of ``quality``, or so many
+    bits that nothing is lost. In some models a layer or two look things up, and all others rely on them.
+    """
+    return [
+        *({"budget": budget} for budget in KEY_BUDGETS),
+        {"policy": "kivi", "budget": None, "key_bits": 4, "key_group": min(64, base.key_group)},
+        {"policy": "kivi", "budget": None, "key_bits": 8},
+    ]
+
+
+def value_options() -> Options:
+    """What its values may have."""
+    return [{"value_bits": bits} for bits in VALUE_BITS]
 
 
 def check_base(base: MixKVQConfig) -> None:
@@ -142,7 +163,14 @@ def measure_menu(
     for index, text in enumerate(texts):
         generator = torch.Generator(device=model.device).manual_seed(seed + index)
         totals.append(trials.once(text.name, partial(_measure, model, base, text, layers, generator, samples, advance)))
-    return _mean_menu(layers, totals, [text.weight for text in texts])
+    return Menu(
+        layers,
+        key_options(base),
+        value_options(),
+        **_mean(totals, [text.weight for text in texts]),
+        key_bits=totals[0]["key_bits"],
+        value_bits=totals[0]["value_bits"],
+    )
 
 
 def _measure(
@@ -160,8 +188,9 @@ def _measure(
     keys: dict[int, list[float]] = {layer: [] for layer in layers}
     values: dict[int, list[float]] = {layer: [] for layer in layers}
     key_bits, value_bits = [], []
-    for at, budget in enumerate(KEY_BUDGETS):
-        config = base.replace(budget=budget, value_bits=VALUE_BITS[min(at, len(VALUE_BITS) - 1)])
+    widths = len(VALUE_BITS)
+    for at, option in enumerate(options := key_options(base)):
+        config = base.replace(**option, **value_options()[min(at, widths - 1)])
         for tape in tapes:
             costs = layer_costs(tape, config, text.bounds)
             for row, layer in enumerate(tape.layers):
@@ -169,16 +198,16 @@ def _measure(
                 values[layer].append(float(costs.values[row]))
         key_bits.append(costs.memory.key_bits)
         value_bits.append(costs.memory.value_bits)
-        advance(f"{budget} bits")
+        advance(f"option {at + 1} of {len(options)}")
     return {
         "keys": [keys[layer] for layer in layers],
-        "values": [values[layer][: len(VALUE_BITS)] for layer in layers],
+        "values": [values[layer][:widths] for layer in layers],
         "key_bits": key_bits,
-        "value_bits": value_bits[: len(VALUE_BITS)],
+        "value_bits": value_bits[:widths],
     }
 
 
-def _mean_menu(layers: list[int], texts: Sequence[dict[str, Any]], weights: Sequence[float]) -> Menu:
+def _mean(texts: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[str, list[list[float]]]:
     """The mean over texts, none of which counts more for costing more: where a model is sure of itself, its KL is a
     thousandth of what it is elsewhere, and which layers matter is no less true there.
     """
@@ -186,14 +215,7 @@ def _mean_menu(layers: list[int], texts: Sequence[dict[str, Any]], weights: Sequ
     sums = keys.sum((1, 2)) + values.sum((1, 2))
     share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     scale = (share * (share * sums).sum() / sums.clamp(min=torch.finfo(sums.dtype).tiny))[:, None, None]
-    first = texts[0]
-    return Menu(
-        layers,
-        (keys * scale).sum(0).tolist(),
-        (values * scale).sum(0).tolist(),
-        first["key_bits"],
-        first["value_bits"],
-    )
+    return {"keys": (keys * scale).sum(0).tolist(), "values": (values * scale).sum(0).tolist()}
 
 
 def smallest(

@@ -13,7 +13,7 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.bench.environment import environment
-from mixkvq.calibrate.budget import KEY_BUDGETS, Choice, Menu, Text, check_base, measure_menu, smallest
+from mixkvq.calibrate.budget import Choice, Menu, Text, check_base, key_options, measure_menu, smallest, value_options
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.kvmix import gradient_norms
@@ -137,6 +137,7 @@ def budget(
             "windows": count,
             "reasoner": reasoner,
             "seed": seed,
+            "options": {"keys": key_options(base), "values": value_options()},
         }
         journal = Trials(trials, about)
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
@@ -154,7 +155,7 @@ def budget(
         texts += _chains(tokenizer, base, reasoner, len(texts) / max(reasoner, 1))
         held_out = tokens[1::2]
         with progress() as bar:
-            task = bar.add_task("gradients", total=len(texts) * (1 + len(KEY_BUDGETS)))
+            task = bar.add_task("gradients", total=len(texts) * (1 + len(key_options(base))))
             menu = measure_menu(
                 network,
                 base,
