@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 from chats import chat_tokenizer
 from mixkvq import MixKVQConfig, all_presets
-from mixkvq.layers import LayerCache, Step
+from mixkvq.layers import LayerCache, Step, new_layer_cache
 from mixkvq.policies import policy_class
 from models import tiny_model
 
@@ -67,4 +67,4 @@ def random_step(
 
 def layer_cache(config: MixKVQConfig, step: Step) -> LayerCache:
     """An empty cache of one layer for steps of that shape."""
-    return LayerCache(config, policy_class(config.policy)(config), step)
+    return new_layer_cache(config, policy_class(config.policy)(config), step)

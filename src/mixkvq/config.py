@@ -19,7 +19,7 @@ PROMOTED_BITS = 4
 #: Widths that codes can have; 16 stands for "not quantized, the model's own type".
 BITS = (2, 3, 4, 8, 16)
 #: Fields that all layers of a cache have in common.
-SHARED_FIELDS = ("residual_length", "sinks", "scale_dtype", "debug", "layers", "model")
+SHARED_FIELDS = ("residual_length", "sinks", "plan_tokens", "scale_dtype", "debug", "layers", "model")
 #: Damping below which a covariance of few queries cannot be factored in float32.
 MIN_DAMPING = 1e-3
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -67,6 +67,8 @@ class MixKVQConfig:
         budget: mean code bits of a key channel; the most salient channels get 4 bits until it is spent.
         budget_scope: "layer" ranks the channels of all KV heads of a layer together, "head" each head's own.
         salience: "query" is the paper's ``I_d * S_d``; "error" leaves out the query (its ablation).
+        plan_tokens: the length of a sequence at which a cache that narrows as it grows has come to its ``key_bits`` and
+            ``value_bits``; it holds no more tokens. For the "pm_kvq" policy.
         scale_dtype: type that scales and zeros are stored in.
         debug: check keys and values for NaN and infinity, and masks for hidden past tokens, at every step.
         layers: what differs in each layer of the model, as a mapping of fields for every one of them, such as
@@ -94,6 +96,7 @@ class MixKVQConfig:
     budget: float | None = None
     budget_scope: Literal["layer", "head"] = "layer"
     salience: Literal["query", "error"] = "query"
+    plan_tokens: int | None = None
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     debug: bool = False
     layers: tuple[LayerFields, ...] = ()
@@ -123,6 +126,13 @@ class MixKVQConfig:
         )
         _require(self.value_group >= 1, "value_group is at least 1", self, "value_group")
         _require(self.sinks >= 0, "sinks is 0 or more tokens", self, "sinks")
+        if self.plan_tokens is not None:
+            _require(
+                isinstance(self.plan_tokens, int) and self.plan_tokens >= self.residual_length,
+                f"plan_tokens is a whole number of tokens, at least residual_length ({self.residual_length}), or none",
+                self,
+                "plan_tokens",
+            )
         for field in ("key_bits", "value_bits"):
             _require(getattr(self, field) in BITS, f"{field} is one of {_join(BITS)}", self, field)
         _require(

@@ -61,11 +61,13 @@ class Policy(ABC):
         name: in the registry, and in ``MixKVQConfig.policy``.
         presets: the named configurations that this policy brings.
         uses_queries: whether :attr:`KeyBlock.importance` is gathered.
+        narrows: whether stored codes lose bits as the context grows, for which a cache of its own is used.
     """
 
     name: ClassVar[str]
     presets: ClassVar[dict[str, Preset]]
     uses_queries: bool = False
+    narrows: ClassVar[bool] = False
 
     def __init__(self, config: MixKVQConfig) -> None:
         self.config = config

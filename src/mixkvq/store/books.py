@@ -11,7 +11,7 @@ from mixkvq.store.tensors import places
 
 
 class CacheFullError(RuntimeError):
-    """A statically shaped cache has no room for the tokens that it was given."""
+    """A cache has no room for the tokens that it was given: its shape is fixed, or its budget."""
 
 
 class Books:

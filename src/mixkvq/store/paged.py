@@ -168,6 +168,12 @@ class PagedStore:
         pages, run_starts = self.reserve(sequences, counts)
         write_blocks(self.layout, self.pages.data, self.chunk_data, keys, values, pages, run_starts)
 
+    def replace_pages(self, layout: PageLayout, pages: Tensor) -> None:
+        """The same pages in another format, without promoted channels: ``[capacity, layout.page.nbytes]`` uint8."""
+        self._tables_changed()
+        self.layout = layout
+        self.pages.record, self.pages.data = layout.page, pages
+
     def _write_runs(self, bits: int, pages: list[int]) -> None:
         runs = self._numbers([self.chunks[bits].runs[page] for page in pages])
         self.pages.fields()[f"run_{bits}"][self._numbers(pages).long()] = runs
@@ -312,6 +318,6 @@ class PagedStore:
 
     def _promoted(self, bits: int) -> int:
         """Channels of one promoted tier, over all pages in use."""
-        live = [page for page, count in enumerate(self.pages.references) if count]
+        live = self.pages.live()
         last = self.pages.fields()[f"first_lane_{bits}"][live, -1]
         return int(last.sum(dtype=torch.int64)) if live else 0

@@ -19,6 +19,7 @@ class RecordPool:
 
     def __init__(self, record: Record, device: torch.device) -> None:
         self.record = record
+        self.limit: int | None = None  # records that are never exceeded by spare ones
         self.data = torch.empty(0, record.nbytes, dtype=torch.uint8, device=device)
 
     @property
@@ -44,7 +45,8 @@ class RecordPool:
     def grow(self, needed: int) -> None:
         """Make room for ``needed`` records, the first ones kept."""
         if needed > self.capacity:
-            data = torch.empty(needed + needed // 32, self.record.nbytes, dtype=torch.uint8, device=self.data.device)
+            spare = needed // 32 if self.limit is None else min(needed // 32, max(self.limit - needed, 0))
+            data = torch.empty(needed + spare, self.record.nbytes, dtype=torch.uint8, device=self.data.device)
             data[: self.capacity] = self.data
             self.data = data
 
@@ -60,6 +62,10 @@ class PagePool(RecordPool):
     @property
     def used(self) -> int:
         return len(self.references) - len(self.free)
+
+    def live(self) -> list[int]:
+        """Numbers of the pages that somebody refers to."""
+        return [page for page, count in enumerate(self.references) if count]
 
     def allocate(self, count: int) -> list[int]:
         """Numbers of ``count`` pages to be written, each referred to once."""
@@ -88,7 +94,7 @@ class PagePool(RecordPool):
 
     def compact(self) -> dict[int, int]:
         """Give unused pages back to the allocator; returns where each used page moved."""
-        live = [page for page, count in enumerate(self.references) if count]
+        live = self.live()
         self.keep(live, len(live))
         self.references = [self.references[page] for page in live]
         self.free = []

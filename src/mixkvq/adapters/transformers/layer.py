@@ -13,7 +13,7 @@ from mixkvq.adapters.transformers.handle import KVHandle
 from mixkvq.adapters.transformers.masks import MaskReader, to_bool
 from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, check_finite
 from mixkvq.config import MixKVQConfig
-from mixkvq.layers import LayerCache, Step
+from mixkvq.layers import LayerCache, Step, new_layer_cache
 from mixkvq.policies import Policy
 from mixkvq.store import MemoryReport
 
@@ -149,7 +149,7 @@ class MixKVQLayer(CacheLayerMixin):
         step = Step(query, key, value, real)
         self._commit()
         if self.cache is None:
-            self.cache = LayerCache(self.config, self.policy, step)
+            self.cache = new_layer_cache(self.config, self.policy, step)
             self.is_initialized = True
         elif self.cache.store.batch != query.shape[0]:
             raise ValueError(
