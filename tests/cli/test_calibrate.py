@@ -72,7 +72,7 @@ def test_an_interruption_says_what_is_left(chat: Path, tmp_path: Path, monkeypat
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["mixkvq.cli.calibrate"], "measure_menu", interrupted)
+    monkeypatch.setattr(sys.modules["mixkvq.cli.calibrate.budget"], "measure_menu", interrupted)
     words = ("calibrate", "budget", tmp_path / "found.json", "--model", chat, "--window", 300, "--windows", 1)
     for more, message in (
         ((), "nothing was written"),

@@ -1,0 +1,13 @@
+"""``mixkvq calibrate``: find a configuration for a model."""
+
+from __future__ import annotations
+
+import typer
+
+from mixkvq.cli.calibrate.budget import budget
+from mixkvq.cli.calibrate.kvmix import kvmix
+from mixkvq.cli.calibrate.thresholds import thresholds
+
+calibrate = typer.Typer(help="Find a configuration for a model.", no_args_is_help=True)
+for command in (budget, thresholds, kvmix):
+    calibrate.command()(command)

@@ -1,0 +1,160 @@
+"""``mixkvq calibrate budget``: settings by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from transformers import PreTrainedTokenizerBase
+
+from mixkvq.calibrate.budget import Choice, Menu, Text, check_base, key_options, measure_menu, smallest, value_options
+from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate.file import Calibration
+from mixkvq.calibrate.trials import Trials
+from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, TrialsOption, check_window, held_out, kept, write
+from mixkvq.cli.common import (
+    CacheHelp,
+    DeviceOption,
+    ModelOption,
+    ReasonerOption,
+    TextOption,
+    WindowsOption,
+    check_writable,
+    clean_exit,
+    inputs,
+    load_model,
+    output,
+    parse_dtype,
+    progress,
+    reasoner_adapter,
+)
+from mixkvq.config import MixKVQConfig
+from mixkvq.evaluate import fidelity as measure
+from mixkvq.evaluate.chains import encode
+from mixkvq.evaluate.likelihood import pieces
+from mixkvq.evaluate.problems import problem_set
+from mixkvq.evaluate.texts import windows
+from mixkvq.models import merge_adapter
+from mixkvq.report.tables import calibration_table
+
+#: Problems whose chains are calibrated on; others judge what was found.
+SPLIT = "calibration"
+
+
+def budget(
+    out: OutArgument,
+    cache: Annotated[str, typer.Option(help=CacheHelp)] = "default",
+    bits: Annotated[
+        float | None, typer.Option(help="Mean honest bits to spend.", show_default="what the cache spends")
+    ] = None,
+    kl: Annotated[
+        float | None, typer.Option(help="Instead of bits: spend as few as keep the KL within so many nats per token.")
+    ] = None,
+    text: TextOption = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    count: WindowsOption = 2,
+    reasoner: Annotated[
+        int,
+        typer.Option(help="Also calibrate on the right chains of so many problems, by a model that solves them."),
+    ] = 0,
+    adapter: ReasonerOption = None,
+    seed: Annotated[int, typer.Option(help="Of the labels whose gradients are taken.")] = 0,
+    trials: TrialsOption = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+) -> None:
+    """Which layers' keys and values earn more bits: settings by layer, better at the same size."""
+    with clean_exit(), kept(trials):
+        check_writable(out)
+        base = MixKVQConfig.parse(cache)
+        check_base(base)
+        if bits is not None and kl is not None:
+            raise CalibrationError("Give --bits or --kl, not both.")
+        check_window(window)
+        merged = reasoner_adapter(adapter, model) if reasoner else None
+        about = {
+            "cache": cache,
+            "config": base.as_dict(),
+            **inputs(model, text),
+            "adapter": None if merged is None else merged.name,
+            "dtype": dtype,
+            "window": window,
+            "windows": count,
+            "reasoner": reasoner,
+            "seed": seed,
+            "options": {"keys": key_options(base), "values": value_options()},
+        }
+        journal = Trials(trials, about)
+        network, tokenizer = load_model(model, parse_dtype(dtype), device)
+        # Twice as many as asked for: on the second half it is checked what was found on the first.
+        tokens = windows(tokenizer, text or [None], window, 2 * count)
+        if len(tokens) < 2:
+            raise CalibrationError(
+                f"The text has one window of {window} tokens, and two are needed: what is found on one is checked on "
+                "the other. Give a longer text, or a smaller --window."
+            )
+        if merged is not None:
+            network = merge_adapter(network, merged)
+        bounds = measure.appends(window, base)
+        texts = [Text(f"window {i}", each, bounds, measure.WARM_UP) for i, each in enumerate(tokens[::2])]
+        texts += _chains(tokenizer, base, reasoner, len(texts) / max(reasoner, 1))
+        judged = tokens[1::2]
+        with progress() as bar:
+            task = bar.add_task("gradients", total=len(texts) * (1 + len(key_options(base))))
+            menu = measure_menu(
+                network,
+                base,
+                texts,
+                journal,
+                seed=seed,
+                advance=lambda what: bar.update(task, advance=1, description=what),
+            )
+        plain = held_out(network, judged, journal, "uniform", base)
+        choice, found = _search(
+            menu,
+            bits,
+            kl,
+            plain["bits"],
+            lambda name, it: held_out(network, judged, journal, name, it.config(base, network)),
+        )
+        results = {
+            "uniform": plain,
+            "found": found,
+            "predicted": choice.predicted,
+            "menu": dataclasses.asdict(menu),
+        }
+        output.print(calibration_table(cache, plain, found))
+        write(out, Calibration(choice.config(base, network), "budget", about, results))
+
+
+def _chains(tokenizer: PreTrainedTokenizerBase, base: MixKVQConfig, count: int, weight: float) -> list[Text]:
+    chains = [encode(tokenizer, problem) for problem in problem_set(count, split=SPLIT)]
+    return [
+        Text(
+            f"chain {i}", chain.tokens[:-1], pieces(chain.prompt, len(chain.tokens) - 1, base), chain.prompt - 1, weight
+        )
+        for i, chain in enumerate(chains)
+    ]
+
+
+def _search(
+    menu: Menu,
+    bits: float | None,
+    kl: float | None,
+    default_bits: float,
+    check: Callable[[str, Choice], dict[str, float]],
+) -> tuple[Choice, dict[str, float]]:
+    if kl is None:
+        choice = menu.choose(default_bits if bits is None else bits)
+        return choice, check(f"{choice.bits:.3f} bits", choice)
+    checked: dict[float, dict[str, float]] = {}
+
+    def kl_of(choice: Choice) -> float:
+        checked[choice.bits] = check(f"{choice.bits:.3f} bits", choice)
+        return checked[choice.bits]["kl"]
+
+    choice, _ = smallest(menu, kl, kl_of)
+    return choice, checked[choice.bits]
