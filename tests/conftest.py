@@ -32,6 +32,7 @@ CONFIGS = [
     "default:budget_scope=head,value_group=24",
     "default:value_bits=16",
     "default:key_feedback=0.2",
+    "kivi-2:key_axis=token,key_bits=3,key_group=24,key_clip=true",
 ]
 
 
@@ -52,6 +53,12 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=CONFIGS)
 def config(request: pytest.FixtureRequest) -> MixKVQConfig:
     """Every configuration that a matrix test runs over."""
+    return MixKVQConfig.parse(request.param)
+
+
+@pytest.fixture(params=[text for text in CONFIGS if MixKVQConfig.parse(text).key_axis == "channel"])
+def kernel_config(request: pytest.FixtureRequest) -> MixKVQConfig:
+    """Those that GPU kernels serve."""
     return MixKVQConfig.parse(request.param)
 
 

@@ -49,7 +49,10 @@ class MixKVQConfig:
             tokens in a page.
         sinks: the first tokens of every sequence that always stay in the model's type.
         key_bits: width of key channels that are not promoted.
-        key_group: tokens of one channel that share a scale; divides R.
+        key_axis: what shares a key scale: tokens of one "channel", or the channels of one "token", as with values. With
+            "token" no channel can be promoted, and no error can travel between channels.
+        key_group: tokens of one channel that share a scale; divides R. With ``key_axis`` "token" at most so many
+            channels of one token, as ``value_group``.
         key_clip: search the clipping range of key groups of up to 3 bits.
         key_unbiased: undo the shrinkage that quantizing key groups causes (:mod:`mixkvq.quant.affine`).
         key_feedback: damping of query-aware error feedback across key channels (:mod:`mixkvq.quant.feedback`), as a
@@ -81,6 +84,7 @@ class MixKVQConfig:
     residual_length: int = 128
     sinks: int = 0
     key_bits: int = 2
+    key_axis: Literal["channel", "token"] = "channel"
     key_group: int = 32
     key_clip: bool = False
     key_unbiased: bool = False
@@ -119,11 +123,12 @@ class MixKVQConfig:
             "residual_length",
         )
         _require(
-            self.key_group >= 1 and self.residual_length % self.key_group == 0,
+            self.key_axis == "token" or (self.key_group >= 1 and self.residual_length % self.key_group == 0),
             f"key_group divides residual_length ({self.residual_length})",
             self,
             "key_group",
         )
+        _require(self.key_group >= 1, "key_group is at least 1", self, "key_group")
         _require(self.value_group >= 1, "value_group is at least 1", self, "value_group")
         _require(self.sinks >= 0, "sinks is 0 or more tokens", self, "sinks")
         if self.plan_tokens is not None:
@@ -156,7 +161,22 @@ class MixKVQConfig:
         from mixkvq.policies import policy_class
 
         policy_class(self.policy).check(self)
+        self._check_key_axis(policy_class(self.policy)(self).promoted_bits)
         object.__setattr__(self, "layers", self._checked_layers())
+
+    def _check_key_axis(self, promoted_bits: tuple[int, ...]) -> None:
+        if self.key_axis == "channel":
+            return
+        if promoted_bits:
+            raise ConfigError(
+                f"key_axis='token' gives the channels of a token one scale, and the {self.policy} policy promotes "
+                "single channels: use key_axis='channel', or a policy that promotes none."
+            )
+        if self.key_feedback is not None:
+            raise ConfigError(
+                "key_feedback moves errors between channels that have scales of their own, and with key_axis='token' "
+                "they share one: set key_feedback to none, or key_axis to 'channel'."
+            )
 
     def _checked_layers(self) -> tuple[LayerFields, ...]:
         """:attr:`layers` as sorted pairs, each of which makes a valid configuration."""
@@ -257,10 +277,11 @@ class MixKVQConfig:
 
     def value_groups(self, head_dim: int) -> int:
         """Equal parts that a value vector is cut into, none longer than ``value_group``."""
-        groups = -(-head_dim // self.value_group)
-        while head_dim % groups:
-            groups += 1
-        return groups
+        return _equal_parts(head_dim, self.value_group)
+
+    def key_scales(self, head_dim: int) -> int:
+        """Numbers that share a key scale: tokens of one channel, or channels of one token (:attr:`key_axis`)."""
+        return self.key_group if self.key_axis == "channel" else head_dim // _equal_parts(head_dim, self.key_group)
 
 
 @dataclass(frozen=True)
@@ -308,6 +329,14 @@ def _parse_value(field: str, text: str) -> Any:
             except ValueError:
                 raise ConfigError(f"{field} is a number, not '{text}'.") from None
     return text
+
+
+def _equal_parts(size: int, most: int) -> int:
+    """The fewest equal parts of ``size`` that are no longer than ``most``."""
+    parts = -(-size // most)
+    while size % parts:
+        parts += 1
+    return parts
 
 
 def _require(condition: bool, rule: str, config: MixKVQConfig, field: str) -> None:

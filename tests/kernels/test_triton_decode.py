@@ -76,13 +76,13 @@ def check(cache: LayerCache, step: Step, **options) -> None:
             assert error.abs().max() < 1e-1
 
 
-def test_it_equals_the_oracle(config: MixKVQConfig, device: torch.device):
-    check(filled(config, [300, 40], device), new_tokens(2, 3, device))
+def test_it_equals_the_oracle(kernel_config: MixKVQConfig, device: torch.device):
+    check(filled(kernel_config, [300, 40], device), new_tokens(2, 3, device))
 
 
-def test_bfloat16_queries(config: MixKVQConfig, device: torch.device):
+def test_bfloat16_queries(kernel_config: MixKVQConfig, device: torch.device):
     shape = {"dtype": torch.bfloat16, "dim": 32, "heads": 2, "kv_heads": 1}
-    check(filled(config, [270], device, **shape), new_tokens(1, 1, device, **shape))
+    check(filled(kernel_config, [270], device, **shape), new_tokens(1, 1, device, **shape))
 
 
 @pytest.mark.parametrize("preset", ["default", "bf16", "paper:tau_bf16=2.2,tau_uint4=1.2", "kivi-2:key_bits=8"])

@@ -135,8 +135,8 @@ def some_blocks(config: MixKVQConfig, **shape) -> Blocks:
 # Quantize and pack
 
 
-def test_it_writes_what_the_torch_path_writes(config: MixKVQConfig):
-    some_blocks(config).check()
+def test_it_writes_what_the_torch_path_writes(kernel_config: MixKVQConfig):
+    some_blocks(kernel_config).check()
 
 
 @pytest.mark.parametrize(

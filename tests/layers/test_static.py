@@ -271,10 +271,14 @@ def test_capacities_that_make_no_sense(given: dict, message: str):
 def test_what_no_kernel_packs_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton")
     monkeypatch.setattr("mixkvq.layers.recipe.has_kernels", lambda device: True)
-    cache = model_cache(MixKVQConfig.parse("kivi-2:residual_length=48,key_group=16"))
     step = random_step(1, 3)
-    with pytest.raises(ValueError, match="a power of two, not 48: change it, or use MixKVQCache"):
-        cache.allocate(step.keys, step.values)
+    for text, reason in {
+        "kivi-2:residual_length=48,key_group=16": "its residual_length is not a power of two, but 48",
+        "kivi-2:key_axis=token": r"its keys have scales per token \(key_axis='token'\)",
+    }.items():
+        cache = model_cache(MixKVQConfig.parse(text))
+        with pytest.raises(ValueError, match=f"None serves this one, as {reason}: change that, or use MixKVQCache"):
+            cache.allocate(step.keys, step.values)
 
 
 # A cache is used again

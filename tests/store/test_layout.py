@@ -38,7 +38,23 @@ def test_a_dense_channel_costs_itself():
     assert layout("paper", dtype=torch.float32).part_bytes({16: 1})["key codes"] == with_one["key codes"]
 
 
-@pytest.mark.parametrize("text", ["default", "paper", "kivi-4", "kivi-2:key_bits=3,value_bits=3", "bf16"])
+def test_keys_with_scales_per_token_cost_what_values_do():
+    parts = layout("kivi-2:key_axis=token,key_group=1024,value_group=1024").part_bytes({})
+    assert parts["key codes"] == parts["value codes"] == 2 * 64 * 128 * 2 // 8
+    assert parts["key scales"] == parts["value scales"] == 2 * 128 * 4  # a scale and a zero of every token and head
+
+
+def test_promoted_channels_need_scales_of_their_own():
+    config = MixKVQConfig.parse("kivi-2:key_axis=token")
+    own = policy_class("mixkvq")(MixKVQConfig.preset("default"))
+    with pytest.raises(ValueError, match=r"Channels promoted to \(4,\) bits need key scales of their own"):
+        page_layout(config, own, 2, 64, 64, torch.bfloat16)
+
+
+TEXTS = ["default", "paper", "kivi-4", "kivi-2:key_bits=3,value_bits=3", "kivi-2:key_axis=token", "bf16"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_fields_do_not_overlap_and_are_aligned(text: str):
     page_layout = layout(text, kv_heads=3, dim=40)
     for record in (page_layout.page, *page_layout.chunks.values()):

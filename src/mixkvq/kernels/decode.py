@@ -12,6 +12,7 @@ from mixkvq.kernels.packed import packed_attention
 from mixkvq.kernels.partial import Partial, causal, dense_attention, merge, sink_rows
 from mixkvq.quant.rotation import rotate
 from mixkvq.quant.salience import QueryStatistics
+from mixkvq.store.layout import PageLayout
 from mixkvq.store.shape import OVERHANG
 from mixkvq.store.tensors import CacheTensors
 from mixkvq.store.view import DenseTokens, PackedPages
@@ -55,9 +56,9 @@ def decode_attention(
         raise ValueError(f"To append {query.shape[2]} tokens the cache needs {needed} dense slots, it has {slots}.")
     if kernel == "auto":
         kernel = fastest_kernel(query, cache)
-    elif kernel == "cuda":
-        _check_cuda(query, cache)
-    if kernel not in KERNELS:
+    elif kernel in KERNELS:
+        _check_kernel(kernel, query, cache)
+    else:
         raise ValueError(f"There is no kernel '{kernel}'. Known: auto, {', '.join(KERNELS)}.")
     options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
     return KERNELS[kernel](query, keys, values, cache, append=append, statistics=statistics, **options)
@@ -67,16 +68,36 @@ def fastest_kernel(query: Tensor, cache: CacheTensors) -> str:
     """The one of :data:`KERNELS` that "auto" stands for."""
     if not has_kernels(query.device):
         return "torch"
+    kernel = kernel_of_format(cache.layout, query.dtype)
+    return "triton" if kernel == "cuda" and _unsupported(query, cache) else kernel
+
+
+def kernel_of_format(layout: PageLayout, dtype: torch.dtype) -> str:
+    """The one of :data:`KERNELS` that a GPU takes for pages of a format and queries of a type, if it has them all."""
+    if unserved(layout):
+        return "torch"
+    from mixkvq.kernels.cuda.decode import unsupported_format
+
+    return "triton" if unsupported_format(layout, dtype) else "cuda"
+
+
+def unserved(layout: PageLayout) -> str | None:
+    """Why no kernel of a GPU reads or writes pages of a format, which is then left to torch operations, or None."""
+    return "its keys have scales per token (key_axis='token')" if layout.key_axis == "token" else None
+
+
+def _check_kernel(kernel: str, query: Tensor, cache: CacheTensors) -> None:
+    reason = unserved(cache.layout) if kernel != "torch" else None
+    if kernel == "cuda":
+        reason = reason or _unsupported(query, cache)
+    if reason:
+        raise ValueError(f"The kernel '{kernel}' cannot serve this step: {reason}. 'auto' takes one that can.")
+
+
+def _unsupported(query: Tensor, cache: CacheTensors) -> str | None:
     from mixkvq.kernels.cuda.decode import unsupported
 
-    return "triton" if unsupported(query, cache) else "cuda"
-
-
-def _check_cuda(query: Tensor, cache: CacheTensors) -> None:
-    from mixkvq.kernels.cuda.decode import unsupported
-
-    if reason := unsupported(query, cache):
-        raise ValueError(f"The kernel 'cuda' cannot serve this step: {reason}. 'auto' takes one that can.")
+    return unsupported(query, cache)
 
 
 def _by_cuda(query: Tensor, keys: Tensor, values: Tensor, cache: CacheTensors, **options: Any) -> Tensor:

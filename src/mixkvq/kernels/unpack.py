@@ -15,9 +15,12 @@ def base_keys(pages: PageSlice) -> Tensor:
     layout, fields = pages.layout, pages.fields
     if layout.key_bits == DENSE_BITS:
         return fields["keys"].float()
-    codes = _codes(fields, "key_plane", layout.key_bits, dim=-2).unflatten(2, (-1, layout.key_group))
-    keys = dequantize(codes, fields["key_scale"].unsqueeze(3), fields["key_zero"].unsqueeze(3))
-    return keys.flatten(2, 3)
+    codes = _codes(fields, "key_plane", layout.key_bits, dim=-2)
+    if layout.key_axis == "token":
+        scale, zero = (fields[name].transpose(2, 3).unsqueeze(4) for name in ("key_scale", "key_zero"))
+        return dequantize(codes.unflatten(3, (-1, layout.key_group)), scale, zero).flatten(3)
+    grouped = codes.unflatten(2, (-1, layout.key_group))
+    return dequantize(grouped, fields["key_scale"].unsqueeze(3), fields["key_zero"].unsqueeze(3)).flatten(2, 3)
 
 
 def lane_keys(pages: PageSlice, bits: int) -> Tensor:

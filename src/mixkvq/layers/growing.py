@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixkvq.config import MixKVQConfig
-from mixkvq.kernels.decode import MAX_STEP, decode_attention, has_kernels, torch_attention
+from mixkvq.kernels.decode import MAX_STEP, decode_attention, torch_attention
 from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.layers.recipe import MAX_QUANTIZED, Recipe
 from mixkvq.layers.step import Step
@@ -37,6 +37,7 @@ class LayerCache:
         batch, kv_heads, _, key_dim = like.keys.shape
         self.recipe = Recipe.of(config, policy, kv_heads, key_dim, like.values.shape[3], like.keys.dtype)
         device = like.keys.device
+        self.recipe.warn_of_torch(device)
         self.store = PagedStore(self.recipe.layout, batch, config.sinks, device)
         self.statistics = self.recipe.new_statistics(batch, device)
 
@@ -117,7 +118,7 @@ class LayerCache:
             ``[B, Hq, L, D]`` in the queries' type.
         """
         tensors = step.query, step.keys, step.values
-        if visible is None and step.length <= MAX_STEP and has_kernels(step.query.device):
+        if visible is None and step.length <= MAX_STEP and self.recipe.decodes_on(step.query.device):
             return decode_attention(*tensors, self.tensors(), scaling=scaling, softcap=softcap, sinks=sinks)
         pages, dense = self.store.packed(), self.store.dense()
         return torch_attention(

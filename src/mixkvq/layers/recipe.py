@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixkvq.config import ConfigError, MixKVQConfig
-from mixkvq.kernels.decode import has_kernels
+from mixkvq.kernels.decode import has_kernels, unserved
 from mixkvq.policies import KeyBlock, Policy, policy_class
 from mixkvq.quant.affine import is_clipped
-from mixkvq.quant.block import DENSE_BITS, QuantizedKeys, QuantizedValues, quantize_keys, quantize_values
+from mixkvq.quant.block import (
+    DENSE_BITS,
+    QuantizedKeys,
+    QuantizedValues,
+    quantize_keys,
+    quantize_keys_per_token,
+    quantize_values,
+)
 from mixkvq.quant.feedback import Feedback, rounding_order
 from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store import MemoryReport, PageLayout
@@ -30,13 +39,14 @@ def page_layout(
         value_dim=value_dim,
         tokens=config.residual_length,
         key_bits=config.key_bits,
-        key_group=config.key_group,
+        key_group=config.key_scales(key_dim),
         value_bits=config.value_bits,
         value_groups=config.value_groups(value_dim),
         promoted_bits=policy.promoted_bits,
         param_dtype=config.param_dtype,
         dense_dtype=dtype,
         value_symmetric=config.value_symmetric,
+        key_axis=config.key_axis,
     )
 
 
@@ -111,15 +121,7 @@ class Recipe:
         """Codes of blocks ``keys, values [N, Hkv, R, D]`` at planned ``bits [N, Hkv, D]``, a row of statistics each."""
         config = self.config
         return (
-            quantize_keys(
-                keys,
-                bits,
-                group=config.key_group,
-                clip=config.key_clip and is_clipped(config.key_bits),  # promoted widths are higher still
-                unbiased=config.key_unbiased,
-                param_dtype=config.param_dtype,
-                feedback=self._feedback(keys, bits, statistics),
-            ),
+            self._quantize_keys(keys, bits, statistics),
             quantize_values(
                 values,
                 config.value_bits,
@@ -132,6 +134,16 @@ class Recipe:
             ),
         )
 
+    def _quantize_keys(self, keys: Tensor, bits: Tensor, statistics: QueryStatistics | None) -> QuantizedKeys:
+        config, layout = self.config, self.layout
+        options: dict[str, Any] = {"unbiased": config.key_unbiased, "param_dtype": config.param_dtype}
+        if config.key_axis == "token":
+            groups = layout.key_dim // layout.key_group
+            return quantize_keys_per_token(keys, bits, config.key_bits, groups=groups, clip=config.key_clip, **options)
+        clip = config.key_clip and is_clipped(config.key_bits)  # promoted widths are higher still
+        feedback = self._feedback(keys, bits, statistics)
+        return quantize_keys(keys, bits, group=config.key_group, clip=clip, feedback=feedback, **options)
+
     def _feedback(self, keys: Tensor, bits: Tensor, statistics: QueryStatistics | None) -> Feedback | None:
         """How errors travel in blocks ``keys [N, Hkv, R, D]`` planned at ``bits``, a row of statistics each."""
         damping = self.config.key_feedback
@@ -143,16 +155,35 @@ class Recipe:
         return Feedback.of(covariance, order, damping)
 
     def packs_on(self, device: torch.device) -> bool:
-        """Whether the kernels below run there, and have tiles for the pages; otherwise torch operations do."""
-        return has_kernels(device) and not self.layout.tokens & (self.layout.tokens - 1)
+        """Whether the kernels below run there, and can write the pages; otherwise torch operations do."""
+        return has_kernels(device) and not self._unpacked
+
+    def decodes_on(self, device: torch.device) -> bool:
+        """Whether a device has kernels that read the pages; otherwise torch operations do."""
+        return has_kernels(device) and not unserved(self.layout)
+
+    @property
+    def _unpacked(self) -> str | None:
+        """Why no kernel writes the pages, or None."""
+        tokens = self.layout.tokens
+        no_tiles = f"its residual_length is not a power of two, but {tokens}" if tokens & (tokens - 1) else None
+        return unserved(self.layout) or no_tiles
+
+    def warn_of_torch(self, device: torch.device) -> None:
+        """Say that a device with kernels works without them."""
+        if has_kernels(device) and (reason := unserved(self.layout)):
+            warnings.warn(
+                f"No GPU kernel serves this cache, as {reason}: torch operations do, which are much slower. "
+                "`mixkvq caches` lists what runs on kernels.",
+                stacklevel=2,
+            )
 
     def check_kernels(self, device: torch.device) -> None:
         """Refuse a device with kernels that do not serve this recipe, where nothing else can pack: in CUDA graphs."""
-        if has_kernels(device) and not self.packs_on(device):
+        if has_kernels(device) and self._unpacked:
             raise ValueError(
-                "On a GPU a cache of a fixed size is packed by kernels, for a residual_length that is a power of two, "
-                f"not {self.config.residual_length}: change it, or use MixKVQCache, which packs by torch operations "
-                "where it must."
+                f"On a GPU a cache of a fixed size is packed by kernels. None serves this one, as {self._unpacked}: "
+                "change that, or use MixKVQCache, which packs by torch operations where it must."
             )
 
     def plan_on_device(

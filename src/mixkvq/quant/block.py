@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixkvq.quant.affine import quantize
+from mixkvq.quant.affine import Affine, quantize
 from mixkvq.quant.feedback import Feedback, quantize_with_feedback
 from mixkvq.quant.rotation import rotate
 
@@ -21,7 +22,8 @@ class QuantizedKeys:
 
     Attributes:
         codes: ``[N, Hkv, R, D]`` uint8, at each channel's own width; 0 in dense channels.
-        scale, zero: ``[N, Hkv, R / G, D]`` float32, 0 in dense channels.
+        scale, zero: ``[N, Hkv, R / G, D]`` float32, 0 in dense channels; ``[N, Hkv, R, groups]`` where they were
+            quantized per token.
         bits: ``[N, Hkv, D]`` uint8, each channel's width.
         dense: ``[N, Hkv, R, D]``, the keys themselves, of which dense channels are taken.
     """
@@ -94,7 +96,37 @@ def quantize_values(
     param_dtype: torch.dtype,
 ) -> QuantizedValues:
     """Quantize values ``[N, Hkv, R, D]`` per token, in ``groups`` equal parts of the channels."""
-    basis = rotate(values) if rotation else values
-    grouped = basis.unflatten(3, (groups, -1))
-    q = quantize(grouped, min(bits, 8), clip=clip, unbiased=unbiased, symmetric=symmetric, param_dtype=param_dtype)
-    return QuantizedValues(codes=q.codes.flatten(3), scale=q.scale.squeeze(-1), zero=q.zero.squeeze(-1), dense=values)
+    q = _quantize_tokens(
+        rotate(values) if rotation else values,
+        bits,
+        groups=groups,
+        clip=clip,
+        unbiased=unbiased,
+        symmetric=symmetric,
+        param_dtype=param_dtype,
+    )
+    return QuantizedValues(q.codes, q.scale, q.zero, dense=values)
+
+
+def quantize_keys_per_token(
+    keys: Tensor,
+    bits: Tensor,
+    width: int,
+    *,
+    groups: int,
+    clip: bool,
+    unbiased: bool,
+    param_dtype: torch.dtype,
+) -> QuantizedKeys:
+    """Quantize keys ``[N, Hkv, R, D]`` as :func:`quantize_values` does values.
+
+    Every channel has the same ``width``, which is what ``bits [N, Hkv, D]`` says, too.
+    """
+    q = _quantize_tokens(keys, width, groups=groups, clip=clip, unbiased=unbiased, param_dtype=param_dtype)
+    return QuantizedKeys(q.codes, q.scale, q.zero, bits, dense=keys)
+
+
+def _quantize_tokens(x: Tensor, bits: int, *, groups: int, **options: Any) -> Affine:
+    """Codes ``[N, Hkv, R, D]``, scale and zero ``[N, Hkv, R, groups]``; of widths that are not quantized, unused."""
+    q = quantize(x.unflatten(3, (groups, -1)), min(bits, 8), **options)
+    return Affine(q.codes.flatten(3), q.scale.squeeze(-1), q.zero.squeeze(-1))

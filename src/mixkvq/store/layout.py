@@ -5,7 +5,8 @@ A **page** holds a block of R tokens of all KV heads of one layer, as one run of
 * keys: one plane of ``[Hkv, words, D]`` 16-bit words per 2 bits of ``key_bits``, channels innermost; scale and zero
   ``[Hkv, R / G, D]``. The scale is that of the *base planes*: a promoted channel's extra planes count in units of
   ``scale / 2**extra_bits``, so reading the base planes takes no knowledge of tiers. A dense channel has scale and
-  zero 0 and contributes nothing here.
+  zero 0 and contributes nothing here. Keys that are quantized per token have scales as values have:
+  ``[Hkv, groups, R]``.
 * values: one plane of ``[Hkv, D, words]`` words per 2 bits, tokens innermost; scale and zero ``[Hkv, groups, R]``, or
   scale alone where groups are symmetric.
 * per promoted width: the run of **chunks** that holds its channels, and the first lane of every head in that run.
@@ -22,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -87,12 +89,13 @@ class PageLayout:
     Attributes:
         kv_heads, key_dim, value_dim: shape of the layer's cache.
         tokens: R, tokens of a page.
-        key_bits, key_group: base width of keys and tokens per key scale.
+        key_bits, key_group: base width of keys and numbers per key scale: tokens, or channels.
         value_bits, value_groups: width of values and parts of a value vector with a scale each.
         value_symmetric: no zeros are stored for these.
         promoted_bits: widths above ``key_bits`` that single channels can have.
         param_dtype: type of scales and zeros.
         dense_dtype: type of everything that is not quantized: the model's own.
+        key_axis: whether the tokens of a channel share a key scale, or the channels of a token.
         promoted_dtype: type of dense channels among quantized ones: 16 bits wide.
     """
 
@@ -108,6 +111,14 @@ class PageLayout:
     param_dtype: torch.dtype
     dense_dtype: torch.dtype
     value_symmetric: bool = False
+    key_axis: Literal["channel", "token"] = "channel"
+
+    def __post_init__(self) -> None:
+        if self.key_axis == "token" and self.promoted_bits:
+            raise ValueError(
+                f"Channels promoted to {self.promoted_bits} bits need key scales of their own: use key_axis='channel', "
+                "or a policy that promotes none."
+            )
 
     @cached_property
     def page(self) -> Record:
@@ -152,6 +163,8 @@ class PageLayout:
         if self.key_bits == DENSE_BITS:
             return [Field("keys", "key codes", self.dense_dtype, (self.kv_heads, self.tokens, self.key_dim))]
         params = (self.kv_heads, self.tokens // self.key_group, self.key_dim)
+        if self.key_axis == "token":
+            params = (self.kv_heads, self.key_dim // self.key_group, self.tokens)
         planes = [
             Field(
                 f"key_plane_{i}",

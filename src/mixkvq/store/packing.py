@@ -55,8 +55,12 @@ def _page_fields(layout: PageLayout, keys: QuantizedKeys, values: QuantizedValue
         extra = torch.where(keys.bits == DENSE_BITS, 0, keys.bits - layout.key_bits)
         for i, plane in enumerate(split_planes(keys.codes >> extra[:, :, None], layout.key_bits)):
             yield f"key_plane_{i}", pack(plane, plane_widths(layout.key_bits)[i], dim=-2)
-        yield "key_scale", storable(keys.scale * 2.0 ** extra[:, :, None], layout.param_dtype)
-        yield "key_zero", keys.zero
+        if layout.key_axis == "token":
+            yield "key_scale", keys.scale.transpose(2, 3)
+            yield "key_zero", keys.zero.transpose(2, 3)
+        else:
+            yield "key_scale", storable(keys.scale * 2.0 ** extra[:, :, None], layout.param_dtype)
+            yield "key_zero", keys.zero
     if layout.value_bits == DENSE_BITS:
         yield "values", values.dense
     else:

@@ -64,6 +64,11 @@ def unsupported(query: Tensor, tensors: CacheTensors) -> str | None:
 def _unsupported(
     layout: PageLayout, sinks: int, dtype: torch.dtype, device: torch.device, row_tiles: int
 ) -> str | None:
+    return unsupported_format(layout, dtype) or refusal(device, shared_bytes(layout, sinks, row_tiles))
+
+
+def unsupported_format(layout: PageLayout, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot read such pages for queries of a type, or None if it can."""
     checks = (
         (layout.key_dim != layout.value_dim, "keys and values of different dimensions"),
         (layout.key_dim not in (64, 96, 128, 256), f"head dimension {layout.key_dim}"),
@@ -77,9 +82,7 @@ def _unsupported(
         (dtype not in (torch.bfloat16, torch.float16), f"queries in {dtype}"),
         (dtype != layout.dense_dtype, f"queries in {dtype} and a cache in {layout.dense_dtype}"),
     )
-    if reason := next((reason for fails, reason in checks if fails), None):
-        return reason
-    return refusal(device, shared_bytes(layout, sinks, row_tiles))
+    return next((reason for fails, reason in checks if fails), None)
 
 
 def shared_bytes(layout: PageLayout, sinks: int, row_tiles: int) -> int:
