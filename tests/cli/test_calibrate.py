@@ -91,3 +91,35 @@ def test_kvmix_writes_its_profile(chat: Path, tmp_path: Path):
     assert found.config.policy == "kvmix"
     assert set(found.results["key_norms"]) == {"0", "1"}
     assert MixKVQConfig.parse(str(out)) == found.config
+
+
+def test_pm_kvqs_last_widths_and_a_smooth_model(chat: Path, tmp_path: Path):
+    out, smooth = tmp_path / "pm.json", tmp_path / "smooth"
+    shape = ("--window", 300, "--windows", 1)
+    result = run("calibrate", "pm-kvq", out, "--model", chat, *shape, "--tokens", 384, "--smooth", smooth)
+    assert result.exit_code == 0, result.output
+    assert "4 bits in the end: layers" in said(result)
+    assert f"use it with --model {smooth}" in said(result)
+    found = Calibration.read(out)
+    assert (found.kind, found.config.plan_tokens, found.config.key_axis) == ("pm-kvq", 384, "token")
+    assert sorted(dict(fields)["key_bits"] for fields in found.config.layers) == [2, 4]
+    used = run("fidelity", "--model", smooth, *shape, "--cache", out)
+    assert used.exit_code == 0, used.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--widths", 4), r"--widths takes two or three of 8, 4, 2; got [4]"),
+        (("--widths", 3, "--widths", 2), "got [3, 2]"),
+        (("--bits", 2), "2 bits are below the floor of"),
+        (("--window", 200), "take at least 256 tokens"),
+        (("--tokens", 64), "plan_tokens is a whole number of tokens, at least residual_length (128)"),
+    ],
+)
+def test_bad_words_for_pm_kvq(chat: Path, tmp_path: Path, arguments: tuple, message: str):
+    shape = () if "--window" in arguments else ("--window", 300)
+    words = ("--model", chat, *shape, "--windows", 1, *arguments)
+    result = run("calibrate", "pm-kvq", tmp_path / "pm.json", *words)
+    assert result.exit_code != 0
+    assert message in said(result)

@@ -29,8 +29,8 @@ class Tape:
         layers: their numbers in the model.
         query: ``[layers, Hq, T, D]`` after RoPE.
         keys, values: ``[layers, Hkv, T, D]``, as a cache gets them.
-        key_gradients, value_gradients: ``[samples, layers, Hkv, T, D]`` float32, of the loss of labels that were
-            sampled from the model, summed over the scored tokens.
+        key_gradients, value_gradients: ``[samples, layers, Hkv, T, D]`` float32, of the loss of the labels, summed over
+            the scored tokens.
         scored: how many tokens these were.
     """
 
@@ -48,14 +48,18 @@ def record(
     tokens: Tensor,
     first: int,
     bounds: Sequence[tuple[int, int]],
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     samples: int = 2,
 ) -> list[Tape]:
     """One pass over ``tokens [T]``, scored from position ``first`` on; a tape for every shape of layers.
 
+    Labels are sampled from the model, as often as ``samples`` says; without a ``generator`` they are the text's own
+    next tokens, once.
+
     A query sees its own block in full precision, so that gradients are of what queries of later blocks (``bounds``)
     read. The square of such a gradient times a small change is, on average over labels, twice the KL that the change
-    costs: they are scores of the model's own distribution, whose covariance is the Fisher information.
+    costs, if labels are sampled: they are scores of the model's own distribution, whose covariance is the Fisher
+    information.
 
     Raises:
         CalibrationError: the model has no gradients.
@@ -64,11 +68,14 @@ def record(
         logits = model(tokens[None], use_cache=False).logits[0, first:].float()
         steps = recording.steps
         inputs = [tensor for step in steps.values() for tensor in step.changes]
-        labels = logits.detach().softmax(-1).multinomial(samples, replacement=True, generator=generator)
-        losses = [nn.functional.cross_entropy(logits, labels[:, i], reduction="sum") for i in range(samples)]
+        if generator is None:
+            logits, labels = logits[:-1], tokens[first + 1 :, None]
+        else:
+            labels = logits.detach().softmax(-1).multinomial(samples, replacement=True, generator=generator)
+        losses = [nn.functional.cross_entropy(logits, each, reduction="sum") for each in labels.T]
         try:
             gradients = [
-                torch.autograd.grad(loss, inputs, retain_graph=i + 1 < samples) for i, loss in enumerate(losses)
+                torch.autograd.grad(loss, inputs, retain_graph=i + 1 < len(losses)) for i, loss in enumerate(losses)
             ]
         except RuntimeError as error:
             raise CalibrationError(

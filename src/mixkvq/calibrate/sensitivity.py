@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from mixkvq.store import MemoryReport
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Predicted KL in nats per token that quantizing each layer alone costs, keys and values apart.
+    """What quantizing each layer alone costs, keys and values apart; of :func:`layer_costs`, in nats per token.
 
     Attributes:
         keys, values: ``[layers]``.
@@ -30,16 +30,30 @@ class LayerCosts:
     memory: MemoryReport
 
 
-@torch.inference_mode()
-def layer_costs(tape: Tape, config: MixKVQConfig, bounds: Sequence[tuple[int, int]]) -> LayerCosts:
-    """Store a tape's keys and values as ``config`` says, in the real packed format, and weigh the errors.
+#: What gradient times error of one layer, ``[samples, Hkv, T, D]``, comes to: a number.
+Measure = Callable[[Tensor], Tensor]
 
-    Half the expected square of gradient times error is the KL to second order. Errors of different blocks of tokens and
-    of different heads are taken to be independent, which averages over many more products than there are samples.
+
+def layer_costs(tape: Tape, config: MixKVQConfig, bounds: Sequence[tuple[int, int]]) -> LayerCosts:
+    """Predicted KL, from half the expected square of gradient times error, which it is to second order.
+
+    Errors of different blocks of tokens and of different heads are taken to be independent, which averages over many
+    more products than there are samples.
 
     Args:
         bounds: the appends that tokens are stored in; those of the recording.
     """
+
+    def kl(products: Tensor) -> Tensor:
+        effects = products.unflatten(2, (-1, config.residual_length)).sum((3, 4))
+        return effects.square().sum((1, 2)).mean() / (2 * tape.scored)
+
+    return weighed_errors(tape, config, bounds, kl)
+
+
+@torch.inference_mode()
+def weighed_errors(tape: Tape, config: MixKVQConfig, bounds: Sequence[tuple[int, int]], measure: Measure) -> LayerCosts:
+    """Store a tape's keys and values as ``config`` says, in the real packed format, and weigh the errors."""
     steps = (Step(tape.query[:, :, a:b], tape.keys[:, :, a:b], tape.values[:, :, a:b]) for a, b in bounds)
     first = next(steps)
     cache = LayerCache(config, policy_class(config.policy)(config), first)  # layers are the rows of a batch
@@ -58,7 +72,5 @@ def layer_costs(tape: Tape, config: MixKVQConfig, bounds: Sequence[tuple[int, in
         )
         for at, (stored, exact, gradients) in enumerate(parts):
             where = slice(config.sinks, config.sinks + stored.shape[1])
-            products = gradients[:, :, where] * (stored - exact[:, where])  # [samples, Hkv, T, D]
-            effects = products.unflatten(2, (-1, config.residual_length)).sum((3, 4))
-            costs[at, row] = (effects.square().sum((1, 2)).mean() / (2 * tape.scored)).cpu()
+            costs[at, row] = measure(gradients[:, :, where] * (stored - exact[:, where])).cpu()
     return LayerCosts(costs[0], costs[1], cache.memory())

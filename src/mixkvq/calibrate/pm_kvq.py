@@ -1,0 +1,104 @@
+"""PM-KVQ's allocation: which layers end at which width (arXiv 2505.18610, sections 3.3 and 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mixkvq.calibrate.allocation import allocate
+from mixkvq.calibrate.capture import record
+from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate.layers import quantized_layers
+from mixkvq.calibrate.sensitivity import weighed_errors
+from mixkvq.config import MixKVQConfig
+from mixkvq.evaluate.fidelity import appends
+
+#: Gradients of the first tokens' losses are left out, as few tokens come before them.
+FIRST = 128
+
+
+@contextmanager
+def stretched(model: PreTrainedModel, factor: float) -> Iterator[None]:
+    """While it lasts, positions advance by ``factor``, so that short texts reach as far as long ones.
+
+    Raises:
+        CalibrationError: the model has no rotary embedding.
+    """
+    names = {name: name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    # Layers of different kinds have frequencies of their own; the original ones are what these are reset to.
+    frequencies = [
+        model.get_buffer(name)
+        for name, last in names.items()
+        if last.endswith("inv_freq") and not last.endswith("original_inv_freq")
+    ]
+    if not frequencies and factor != 1:
+        raise CalibrationError(
+            f"Positions are stretched by their rotary embedding, and this {model.config.model_type} model has none: "
+            "give --stretch 1."
+        )
+    before = [each.clone() for each in frequencies]
+    for each in frequencies:
+        each.mul_(factor)
+    try:
+        yield
+    finally:
+        for each, old in zip(frequencies, before, strict=True):
+            each.copy_(old)
+
+
+def sensitivities(
+    model: PreTrainedModel,
+    base: MixKVQConfig,
+    texts: Tensor,
+    widths: Sequence[int],
+    *,
+    stretch: float = 4,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[dict[int, list[float]], list[float]]:
+    """``sum |dLoss/dX * (Q_b(X) - X)|`` over keys and values ``X`` of each layer, mean over texts.
+
+    Args:
+        base: how codes are made; its widths are replaced.
+        texts: ``[N, T]`` tokens; the loss is that of the next token.
+        widths: the options, in bits.
+        stretch: by how much positions advance with each token.
+        advance: called after each text.
+
+    Returns:
+        By layer, the sensitivity at each width; and the honest bits per element of each width.
+    """
+    found = {layer: [0.0] * len(widths) for layer in quantized_layers(model)}
+    bits = [0.0] * len(widths)
+    bounds = appends(texts.shape[1], base)
+    for tokens in texts.to(model.device):
+        with stretched(model, stretch):
+            tapes = record(model, tokens, FIRST, bounds, None)
+        for at, width in enumerate(widths):
+            config = base.replace(policy="kivi", plan_tokens=None, key_bits=width, value_bits=width)
+            for tape in tapes:
+                costs = weighed_errors(tape, config, bounds, lambda products: products.abs().sum((1, 2, 3)).mean())
+                bits[at] = costs.memory.bits
+                for row, layer in enumerate(tape.layers):
+                    found[layer][at] += float(costs.keys[row] + costs.values[row]) / len(texts)
+        advance()
+    return found, bits
+
+
+def last_widths(
+    found: dict[int, list[float]], bits: Sequence[float], widths: Sequence[int], mean: float
+) -> dict[int, int]:
+    """Each layer's last width: the least summed sensitivity at a mean of so many honest bits.
+
+    Raises:
+        CalibrationError: not even the smallest widths are within it.
+    """
+    floor = min(bits)
+    if mean < floor:
+        raise CalibrationError(
+            f"{mean:.3g} bits are below the floor of {floor:.3g}: {min(widths)}-bit codes with their scales and zeros."
+        )
+    chosen = allocate(list(found.values()), [list(bits)] * len(found), mean * len(found) + 1e-9)
+    return {layer: widths[at] for layer, at in zip(found, chosen, strict=True)}
