@@ -36,6 +36,11 @@ CONFIGS = [
 ]
 
 
+def has_rule(config: MixKVQConfig) -> bool:
+    """Whether a device can decide the bits."""
+    return policy_class(config.policy)(config).rule is not None
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -59,6 +64,12 @@ def config(request: pytest.FixtureRequest) -> MixKVQConfig:
 @pytest.fixture(params=[text for text in CONFIGS if MixKVQConfig.parse(text).key_axis == "channel"])
 def kernel_config(request: pytest.FixtureRequest) -> MixKVQConfig:
     """Those that GPU kernels serve."""
+    return MixKVQConfig.parse(request.param)
+
+
+@pytest.fixture(params=[text for text in CONFIGS if has_rule(MixKVQConfig.parse(text))])
+def static_config(request: pytest.FixtureRequest) -> MixKVQConfig:
+    """Those that a cache of a fixed size serves."""
     return MixKVQConfig.parse(request.param)
 
 

@@ -13,6 +13,12 @@ from models import VOCABULARY, tiny_model
 CONFIG = MixKVQConfig.preset("pm-kvq-2", key_axis="token", residual_length=32, plan_tokens=320)
 
 
+def first_keys(model, text: torch.Tensor) -> torch.Tensor:
+    """The first layer's, ``[Hkv, T, D]``."""
+    (tape,) = record(model, text, 1, appends(len(text), CONFIG), None)
+    return tape.keys[0].clone()
+
+
 def test_pair_sizes_by_hand():
     keys = torch.tensor([[[1.0, -2, 0, 3], [-4, 1, 2, 1]]])  # one head, two tokens, D = 4: pairs (0, 2) and (1, 3)
     assert pair_sizes(keys).tolist() == [[4, 3]]
@@ -25,10 +31,10 @@ def test_the_model_stays_what_it_is(architecture: str):
     attention = model.model.layers[0].self_attn
     heads = attention.k_proj.out_features // attention.head_dim
     factors = torch.rand(heads, attention.head_dim // 2) * 5 + 0.1
-    old = [tape.keys.clone() for tape in record(model, text, 1, appends(320, CONFIG), None)][0][0]
+    old = first_keys(model, text)
     fold(attention.q_proj, attention.k_proj, factors)
     torch.testing.assert_close(model(text[None]).logits, before, rtol=1e-4, atol=1e-4)
-    new = [tape.keys for tape in record(model, text, 1, appends(320, CONFIG), None)][0][0]
+    new = first_keys(model, text)
     torch.testing.assert_close(new * torch.cat([factors, factors], 1)[:, None], old, rtol=1e-4, atol=1e-4)
 
 
@@ -55,6 +61,6 @@ def test_models_that_it_cannot_be_folded_into():
 
 def test_a_rotary_embedding_with_other_pairs(monkeypatch: pytest.MonkeyPatch):
     model, text = tiny_model("llama"), torch.randint(3, VOCABULARY, (320,))
+    monkeypatch.setattr("mixkvq.calibrate.smooth.fold", lambda query, key, by: key.weight.data.mul_(3))
     with pytest.raises(CalibrationError, match="changed this llama model's logits by"):
-        monkeypatch.setattr("mixkvq.calibrate.smooth.fold", lambda query, key, by: key.weight.data.mul_(3))
         smooth_attention(model, text, CONFIG)

@@ -24,7 +24,9 @@ def test_every_preset_is_a_row(chat: Path, tmp_path: Path):
     assert result.exit_code == 0, result.output
     found = {row["cache"] for row in json.loads(rows.read_text())}
     # The package's calibrations are for another model.
-    assert found == {name for name in all_presets() if name != "bf16" and not name.startswith("paper-")}
+    names = {name.partition(":")[0] for name in found}
+    assert names == {name for name in all_presets() if name != "bf16" and not name.startswith("paper-")}
+    assert "pm-kvq-4:plan_tokens=256" in found
     pytest.importorskip("matplotlib")
     result = run(app, ["bench", "plot", str(rows), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output

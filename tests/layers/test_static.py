@@ -75,9 +75,9 @@ def padded(layers: list[Step], pads: list[int]) -> list[Step]:
     return [Step(step.query, step.keys, step.values, real) for step in layers]
 
 
-def test_it_holds_what_the_growing_cache_holds(config: MixKVQConfig):
-    size, sinks = config.residual_length, config.sinks
-    cache = model_cache(config, max_tokens=20 * size, promoted_share=1.0)
+def test_it_holds_what_the_growing_cache_holds(static_config: MixKVQConfig):
+    size, sinks = static_config.residual_length, static_config.sinks
+    cache = model_cache(static_config, max_tokens=20 * size, promoted_share=1.0)
     passes = [
         padded(steps(3, sinks + 2 * size + 5), [0, 30, sinks + 2 * size + 4]),
         steps(3, 1),
@@ -89,7 +89,7 @@ def test_it_holds_what_the_growing_cache_holds(config: MixKVQConfig):
         *(steps(3, 8) for _ in range(size // 8)),
         steps(3, size + 9),
     ]
-    caches = [layer_cache(config, step) for step in passes[0]]
+    caches = [layer_cache(static_config, step) for step in passes[0]]
     for layers in passes:
         ours, theirs = take(cache, layers), take_all(caches, layers)
         real = layers[0].real
@@ -228,9 +228,9 @@ def test_chunks_are_measured_on_the_first_prompt():
 # Bytes
 
 
-def test_parts_are_those_of_the_growing_cache(config: MixKVQConfig):
-    layers = steps(2, config.sinks + 2 * config.residual_length + 3)
-    cache, caches = model_cache(config), [layer_cache(config, step) for step in layers]
+def test_parts_are_those_of_the_growing_cache(static_config: MixKVQConfig):
+    layers = steps(2, static_config.sinks + 2 * static_config.residual_length + 3)
+    cache, caches = model_cache(static_config), [layer_cache(static_config, step) for step in layers]
     take(cache, layers)
     take_all(caches, layers)
     report, other = cache.memory(), caches[0].memory() + caches[1].memory()
@@ -284,15 +284,15 @@ def test_what_no_kernel_packs_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatc
 # A cache is used again
 
 
-def test_reset_keeps_the_tensors_and_forgets_the_tokens(config: MixKVQConfig):
-    cache = model_cache(config, max_tokens=10 * config.residual_length, promoted_share=1.0)
-    take(cache, steps(2, 2 * config.residual_length + 20))
+def test_reset_keeps_the_tensors_and_forgets_the_tokens(static_config: MixKVQConfig):
+    cache = model_cache(static_config, max_tokens=10 * static_config.residual_length, promoted_share=1.0)
+    take(cache, steps(2, 2 * static_config.residual_length + 20))
     addresses = [tensor.data_ptr() for tensor in cache.store.held()]
     cache.store.dense_values.fill_(float("nan"))
     cache.reset()
-    layers, more = padded(steps(2, config.residual_length + 40), [0, 11]), steps(2, 1)
+    layers, more = padded(steps(2, static_config.residual_length + 40), [0, 11]), steps(2, 1)
     assert not cache.allocate(layers[0].keys, layers[0].values)
-    caches = [layer_cache(config, step) for step in layers]
+    caches = [layer_cache(static_config, step) for step in layers]
     cache_outputs = prompt(cache, layers)
     for a, b in zip(cache_outputs, take_all(caches, layers), strict=True):
         assert torch.allclose(a.transpose(1, 2)[layers[0].real], b.transpose(1, 2)[layers[0].real], atol=1e-5)

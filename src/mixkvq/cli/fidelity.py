@@ -87,7 +87,7 @@ def fidelity(
             )
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
         if suite:
-            configs |= {name: config for name, config in _suite(network).items() if name not in configs}
+            configs |= {name: config for name, config in _suite(network, window).items() if name not in configs}
         limit = context_length(network)
         if limit is not None and window > limit:
             raise InputError(f"--window {window} is longer than the model's context of {limit} tokens.")
@@ -107,9 +107,16 @@ def fidelity(
         write_json(json_file, [{**row.as_dict(), **chains.get(row.cache, {}), **about} for row in rows])
 
 
-def _suite(model: PreTrainedModel) -> dict[str, MixKVQConfig]:
-    """Every system once: presets but those of the paper's other models, and calibrations for this one."""
-    presets = [name for name in all_presets() if name not in ELSEWHERE]
+def _suite(model: PreTrainedModel, window: int) -> dict[str, MixKVQConfig]:
+    """Every system once: presets but those of the paper's other models, and calibrations for this one.
+
+    Caches that narrow as they grow are planned for the length of a window.
+    """
+    presets = [
+        name if preset.fields.get("plan_tokens") is None else f"{name}:plan_tokens={window}"
+        for name, preset in all_presets().items()
+        if name not in ELSEWHERE
+    ]
     configs = parse_caches([*presets, *shipped()])
     return {name: config for name, config in configs.items() if config.model in (None, model_shape(model.config))}
 
