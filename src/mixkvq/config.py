@@ -53,6 +53,8 @@ class MixKVQConfig:
             "token" no channel can be promoted, and no error can travel between channels.
         key_group: tokens of one channel that share a scale; divides R. With ``key_axis`` "token" at most so many
             channels of one token, as ``value_group``.
+        key_rotation: "hadamard" rotates every packed key vector before it is quantized, and queries alike when they
+            read it, so that logits stay what they are. It takes ``key_axis`` "token".
         key_clip: search the clipping range of key groups of up to 3 bits.
         key_unbiased: undo the shrinkage that quantizing key groups causes (:mod:`mixkvq.quant.affine`).
         key_feedback: damping of query-aware error feedback across key channels (:mod:`mixkvq.quant.feedback`), as a
@@ -84,6 +86,7 @@ class MixKVQConfig:
     key_bits: int = 2
     key_axis: Literal["channel", "token"] = "channel"
     key_group: int = 32
+    key_rotation: Literal["none", "hadamard"] = "none"
     key_clip: bool = False
     key_unbiased: bool = False
     key_feedback: float | None = None
@@ -156,6 +159,11 @@ class MixKVQConfig:
 
     def _check_key_axis(self, promoted_bits: tuple[int, ...]) -> None:
         if self.key_axis == "channel":
+            if self.key_rotation != "none":
+                raise ConfigError(
+                    "key_rotation spreads a token's outliers over its channels, which then share a scale: it takes "
+                    f"key_axis='token', not {self.key_axis!r}."
+                )
             return
         if promoted_bits:
             raise ConfigError(

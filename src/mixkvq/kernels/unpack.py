@@ -11,7 +11,7 @@ from mixkvq.store.view import ChunkSlice, PageSlice
 
 
 def base_keys(pages: PageSlice) -> Tensor:
-    """What the base planes say of the keys, ``[N, Hkv, R, D]``; dense channels are 0."""
+    """What the base planes say of the keys, ``[N, Hkv, R, D]``, still rotated if they were; dense channels are 0."""
     layout, fields = pages.layout, pages.fields
     if layout.key_bits == DENSE_BITS:
         return fields["keys"].float()

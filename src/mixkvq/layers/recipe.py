@@ -47,6 +47,7 @@ def page_layout(
         dense_dtype=dtype,
         value_symmetric=config.value_symmetric,
         key_axis=config.key_axis,
+        key_rotated=config.key_rotation == "hadamard" and config.key_bits != DENSE_BITS,
     )
 
 
@@ -138,8 +139,8 @@ class Recipe:
         config, layout = self.config, self.layout
         options: dict[str, Any] = {"unbiased": config.key_unbiased, "param_dtype": config.param_dtype}
         if config.key_axis == "token":
-            groups = layout.key_dim // layout.key_group
-            return quantize_keys_per_token(keys, bits, config.key_bits, groups=groups, clip=config.key_clip, **options)
+            options |= {"groups": layout.key_dim // layout.key_group, "rotation": layout.key_rotated}
+            return quantize_keys_per_token(keys, bits, config.key_bits, clip=config.key_clip, **options)
         clip = config.key_clip and is_clipped(config.key_bits)  # promoted widths are higher still
         feedback = self._feedback(keys, bits, statistics)
         return quantize_keys(keys, bits, group=config.key_group, clip=clip, feedback=feedback, **options)

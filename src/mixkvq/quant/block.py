@@ -21,7 +21,8 @@ class QuantizedKeys:
     """Codes of N blocks of keys.
 
     Attributes:
-        codes: ``[N, Hkv, R, D]`` uint8, at each channel's own width; 0 in dense channels.
+        codes: ``[N, Hkv, R, D]`` uint8, at each channel's own width; 0 in dense channels. In the rotated basis if the
+            cache rotates keys.
         scale, zero: ``[N, Hkv, R / G, D]`` float32, 0 in dense channels; ``[N, Hkv, R, groups]`` where they were
             quantized per token.
         bits: ``[N, Hkv, D]`` uint8, each channel's width.
@@ -97,9 +98,10 @@ def quantize_values(
 ) -> QuantizedValues:
     """Quantize values ``[N, Hkv, R, D]`` per token, in ``groups`` equal parts of the channels."""
     q = _quantize_tokens(
-        rotate(values) if rotation else values,
+        values,
         bits,
         groups=groups,
+        rotation=rotation,
         clip=clip,
         unbiased=unbiased,
         symmetric=symmetric,
@@ -116,17 +118,21 @@ def quantize_keys_per_token(
     groups: int,
     clip: bool,
     unbiased: bool,
+    rotation: bool,
     param_dtype: torch.dtype,
 ) -> QuantizedKeys:
     """Quantize keys ``[N, Hkv, R, D]`` as :func:`quantize_values` does values.
 
     Every channel has the same ``width``, which is what ``bits [N, Hkv, D]`` says, too.
     """
-    q = _quantize_tokens(keys, width, groups=groups, clip=clip, unbiased=unbiased, param_dtype=param_dtype)
+    q = _quantize_tokens(
+        keys, width, groups=groups, rotation=rotation, clip=clip, unbiased=unbiased, param_dtype=param_dtype
+    )
     return QuantizedKeys(q.codes, q.scale, q.zero, bits, dense=keys)
 
 
-def _quantize_tokens(x: Tensor, bits: int, *, groups: int, **options: Any) -> Affine:
+def _quantize_tokens(x: Tensor, bits: int, *, groups: int, rotation: bool, **options: Any) -> Affine:
     """Codes ``[N, Hkv, R, D]``, scale and zero ``[N, Hkv, R, groups]``; of widths that are not quantized, unused."""
-    q = quantize(x.unflatten(3, (groups, -1)), min(bits, 8), **options)
+    basis = rotate(x) if rotation else x
+    q = quantize(basis.unflatten(3, (groups, -1)), min(bits, 8), **options)
     return Affine(q.codes.flatten(3), q.scale.squeeze(-1), q.zero.squeeze(-1))

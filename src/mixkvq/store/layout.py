@@ -96,6 +96,7 @@ class PageLayout:
         param_dtype: type of scales and zeros.
         dense_dtype: type of everything that is not quantized: the model's own.
         key_axis: whether the tokens of a channel share a key scale, or the channels of a token.
+        key_rotated: whether packed keys are Hadamard-rotated, so that queries have to be, too.
         promoted_dtype: type of dense channels among quantized ones: 16 bits wide.
     """
 
@@ -112,6 +113,7 @@ class PageLayout:
     dense_dtype: torch.dtype
     value_symmetric: bool = False
     key_axis: Literal["channel", "token"] = "channel"
+    key_rotated: bool = False
 
     def __post_init__(self) -> None:
         if self.key_axis == "token" and self.promoted_bits:
