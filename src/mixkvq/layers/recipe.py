@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixkvq.config import ConfigError, MixKVQConfig
-from mixkvq.kernels.decode import has_kernels, unserved
+from mixkvq.kernels.decode import has_kernels, kernel_of_format, unserved
 from mixkvq.policies import KeyBlock, Policy, policy_class
 from mixkvq.quant.affine import is_clipped
 from mixkvq.quant.block import (
@@ -280,9 +280,20 @@ def expected_bits(
         key bits, value bits, and whether these are final: a policy with thresholds promotes channels by the data, and
         key bits are then those without any.
     """
-    policy = policy_class(config.policy)(config)
-    layout = page_layout(config, policy, kv_heads, head_dim, head_dim, dtype)
+    layout, policy = _expected_layout(config, kv_heads, head_dim, dtype)
     promoted = policy.promoted_channels(kv_heads, head_dim)
     page = MemoryReport(layout.part_bytes(promoted or {}))
     page.packed_keys = page.packed_values = kv_heads * layout.tokens * head_dim
     return page.key_bits, page.value_bits, promoted is not None
+
+
+def expected_kernel(config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    """What a GPU reads the pages with, as :func:`mixkvq.kernels.decode.kernel_of_format` has it."""
+    return kernel_of_format(_expected_layout(config, kv_heads, head_dim, dtype)[0], dtype)
+
+
+def _expected_layout(
+    config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[PageLayout, Policy]:
+    policy = policy_class(config.policy)(config)
+    return page_layout(config, policy, kv_heads, head_dim, head_dim, dtype), policy
