@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from mixkvq.quant.block import (
     quantize_values,
 )
 from mixkvq.quant.feedback import Feedback, rounding_order
+from mixkvq.quant.outliers import take_outliers
 from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store import MemoryReport, PageLayout
 
@@ -48,6 +49,9 @@ def page_layout(
         value_symmetric=config.value_symmetric,
         key_axis=config.key_axis,
         key_rotated=config.key_rotation == "hadamard" and config.key_bits != DENSE_BITS,
+        key_levels=config.key_levels,
+        value_levels=config.value_levels,
+        outliers=config.outliers,
     )
 
 
@@ -120,24 +124,34 @@ class Recipe:
         self, keys: Tensor, values: Tensor, bits: Tensor, statistics: QueryStatistics | None
     ) -> tuple[QuantizedKeys, QuantizedValues]:
         """Codes of blocks ``keys, values [N, Hkv, R, D]`` at planned ``bits [N, Hkv, D]``, a row of statistics each."""
-        config = self.config
+        layout = self.layout
+        key_group = {"dim": 2 if layout.key_axis == "channel" else 3, "group": layout.key_group}
+        value_group = {"dim": 3, "group": layout.value_dim // layout.value_groups}
+        keys, key_outliers = take_outliers(keys, layout.key_outliers, **key_group)
+        values, value_outliers = take_outliers(values, layout.value_outliers, **value_group)
         return (
-            self._quantize_keys(keys, bits, statistics),
-            quantize_values(
-                values,
-                config.value_bits,
-                groups=self.layout.value_groups,
-                clip=config.value_clip,
-                unbiased=config.value_unbiased,
-                symmetric=config.value_symmetric,
-                rotation=self.rotated,
-                param_dtype=config.param_dtype,
-            ),
+            replace(self._quantize_keys(keys, bits, statistics), outliers=key_outliers),
+            replace(self._quantize_values(values), outliers=value_outliers),
+        )
+
+    def _quantize_values(self, values: Tensor) -> QuantizedValues:
+        config = self.config
+        return quantize_values(
+            values,
+            config.value_bits,
+            groups=self.layout.value_groups,
+            clip=config.value_clip,
+            unbiased=config.value_unbiased,
+            symmetric=config.value_symmetric,
+            rotation=self.rotated,
+            param_dtype=config.param_dtype,
+            levels=config.value_levels,
         )
 
     def _quantize_keys(self, keys: Tensor, bits: Tensor, statistics: QueryStatistics | None) -> QuantizedKeys:
         config, layout = self.config, self.layout
         options: dict[str, Any] = {"unbiased": config.key_unbiased, "param_dtype": config.param_dtype}
+        options["levels"] = config.key_levels
         if config.key_axis == "token":
             options |= {"groups": layout.key_dim // layout.key_group, "rotation": layout.key_rotated}
             return quantize_keys_per_token(keys, bits, config.key_bits, clip=config.key_clip, **options)
