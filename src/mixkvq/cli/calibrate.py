@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +18,8 @@ from mixkvq.calibrate.budget import Choice, Menu, Text, check_base, key_options,
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.kvmix import gradient_norms
+from mixkvq.calibrate.kvquant import check_base as check_levels_base
+from mixkvq.calibrate.kvquant import layer_levels
 from mixkvq.calibrate.layers import with_layers
 from mixkvq.calibrate.thresholds import thresholds_for_bits
 from mixkvq.calibrate.trials import Trials
@@ -261,4 +264,45 @@ def kvmix(
         Calibration(config, "kvmix", about, {"key_norms": keys, "value_norms": values}).write(out)
         for name, bits in (("keys of 3 bits", "key_bits"), ("values of 4 bits", "value_bits")):
             output.print(f"{name}: layers {', '.join(str(i) for i, own in fields.items() if bits in own)}")
+        output.print(f"Wrote {out}; use it with --cache {out}", soft_wrap=True)
+
+
+@calibrate.command()
+def kvquant(
+    out: Annotated[Path, typer.Argument(help="The calibration to write, a JSON file for --cache.")],
+    cache: Annotated[str, typer.Option(help=CacheHelp)] = "kvquant-2",
+    text: TextOption = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    count: WindowsOption = 4,
+    seed: Annotated[int, typer.Option(help="Of the labels whose gradients are taken.")] = 0,
+    model: ModelOption = None,
+    dtype: Annotated[str, typer.Option(help="The model's type.")] = "float32",
+    device: DeviceOption = None,
+) -> None:
+    """KVQuant's levels: what codes stand for in each layer, fitted where errors cost most."""
+    with clean_exit():
+        check_writable(out)
+        base = MixKVQConfig.parse(cache)
+        check_levels_base(base)
+        smallest_window = max(2 * measure.WARM_UP, base.sinks + base.residual_length + 1)
+        if window < smallest_window:
+            raise CalibrationError(f"--window {window}: take at least {smallest_window} tokens, a block and more.")
+        network, tokenizer = load_model(model, parse_dtype(dtype), device)
+        texts = windows(tokenizer, text or [None], window, count)
+        generator = torch.Generator(device=network.device).manual_seed(seed)
+        bounds = measure.appends(window, base)
+        with progress() as bar:
+            task = bar.add_task("gradients", total=len(texts))
+            fields = layer_levels(network, texts, base, bounds, measure.WARM_UP, generator, lambda: bar.advance(task))
+        config = with_layers(base, fields, network)
+        about = {
+            "cache": cache,
+            **inputs(model, text),
+            "dtype": dtype,
+            "window": window,
+            "windows": count,
+            "seed": seed,
+            **environment(),
+        }
+        Calibration(config, "kvquant", about, {}).write(out)
         output.print(f"Wrote {out}; use it with --cache {out}", soft_wrap=True)
