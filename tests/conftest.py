@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 from chats import chat_tokenizer
 from mixkvq import MixKVQConfig, all_presets
 from mixkvq.layers import LayerCache, Step, new_layer_cache
+from mixkvq.layers.recipe import expected_kernel
 from mixkvq.policies import policy_class
 from models import tiny_model
 
@@ -41,6 +42,11 @@ def has_rule(config: MixKVQConfig) -> bool:
     return policy_class(config.policy)(config).rule is not None
 
 
+def has_kernels(config: MixKVQConfig) -> bool:
+    """Whether GPU kernels plan, write and read its pages."""
+    return has_rule(config) and expected_kernel(config, 2, 16) != "torch"
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -61,7 +67,7 @@ def config(request: pytest.FixtureRequest) -> MixKVQConfig:
     return MixKVQConfig.parse(request.param)
 
 
-@pytest.fixture(params=[text for text in CONFIGS if MixKVQConfig.parse(text).key_axis == "channel"])
+@pytest.fixture(params=[text for text in CONFIGS if has_kernels(MixKVQConfig.parse(text))])
 def kernel_config(request: pytest.FixtureRequest) -> MixKVQConfig:
     """Those that GPU kernels serve."""
     return MixKVQConfig.parse(request.param)

@@ -20,6 +20,8 @@ PROMOTED_BITS = 4
 BITS = (2, 3, 4, 8, 16)
 #: Fields that all layers of a cache have in common.
 SHARED_FIELDS = ("residual_length", "sinks", "plan_tokens", "scale_dtype", "debug", "layers", "model")
+#: The largest share of numbers that are kept as outliers: each costs 32 bits.
+MAX_OUTLIERS = 0.1
 #: Damping below which a covariance of few queries cannot be factored in float32.
 MIN_DAMPING = 1e-3
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -53,10 +55,13 @@ class MixKVQConfig:
             "token" no channel can be promoted, and no error can travel between channels.
         key_group: tokens of one channel that share a scale; divides R. With ``key_axis`` "token" at most so many
             channels of one token, as ``value_group``.
+        key_rotation: "hadamard" rotates every packed key vector before it is quantized, and queries alike when they
+            read it, so that logits stay what they are. It takes ``key_axis`` "token".
         key_clip: search the clipping range of key groups of up to 3 bits.
         key_unbiased: undo the shrinkage that quantizing key groups causes (:mod:`mixkvq.quant.affine`).
         key_feedback: damping of query-aware error feedback across key channels (:mod:`mixkvq.quant.feedback`), as a
             share of the queries' mean power; none rounds every channel for itself.
+        key_levels: what codes of keys stand for, 2^key_bits rising numbers of steps; none is 0, 1, 2 and so on.
         value_bits: width of values.
         value_group: at most so many channels of one token share a scale (head dimensions that it does not divide
             are cut into equal parts).
@@ -65,6 +70,8 @@ class MixKVQConfig:
         value_symmetric: store no zeros for value groups, whose codes then lie evenly around 0. For rotated values,
             whose mean is near it: they lose nothing, and a quarter of a bit is saved in groups of 64.
         value_rotation: "hadamard" rotates every value vector before it is quantized, and the attention output back.
+        value_levels: the same as ``key_levels`` for values.
+        outliers: share of the keys and of the values of every head and page that are kept in 16 bits, with places.
         tau_uint4, tau_bf16: absolute thresholds on a channel's salience; above them a channel gets 4 bits, or stays
             in the model's type. For the "mixkvq" policy, instead of a budget.
         budget: mean code bits of a key channel; the most salient channels get 4 bits until it is spent.
@@ -86,15 +93,19 @@ class MixKVQConfig:
     key_bits: int = 2
     key_axis: Literal["channel", "token"] = "channel"
     key_group: int = 32
+    key_rotation: Literal["none", "hadamard"] = "none"
     key_clip: bool = False
     key_unbiased: bool = False
     key_feedback: float | None = None
+    key_levels: tuple[float, ...] | None = None
     value_bits: int = 2
     value_group: int = 32
     value_clip: bool = False
     value_unbiased: bool = False
     value_symmetric: bool = False
     value_rotation: Literal["none", "hadamard"] = "none"
+    value_levels: tuple[float, ...] | None = None
+    outliers: float = 0.0
     tau_uint4: float | None = None
     tau_bf16: float | None = None
     budget: float | None = None
@@ -112,8 +123,7 @@ class MixKVQConfig:
             _require(isinstance(value, int) and not isinstance(value, bool), f"{field} is a whole number", self, field)
         for field in ("budget", "tau_uint4", "tau_bf16", "key_feedback"):
             value = getattr(self, field)
-            real = isinstance(value, (int, float)) and math.isfinite(value)
-            _require(value is None or real, f"{field} is a finite number or none", self, field)
+            _require(value is None or _is_real(value), f"{field} is a finite number or none", self, field)
         for field, allowed in _literals().items():
             _require(getattr(self, field) in allowed, f"{field} is one of {_join(allowed)}", self, field)
         _require(
@@ -161,11 +171,19 @@ class MixKVQConfig:
         from mixkvq.policies import policy_class
 
         policy_class(self.policy).check(self)
-        self._check_key_axis(policy_class(self.policy)(self).promoted_bits)
+        promoted_bits = policy_class(self.policy)(self).promoted_bits
+        self._check_key_axis(promoted_bits)
+        self._check_levels()
+        self._check_irregular(promoted_bits)
         object.__setattr__(self, "layers", self._checked_layers())
 
     def _check_key_axis(self, promoted_bits: tuple[int, ...]) -> None:
         if self.key_axis == "channel":
+            if self.key_rotation != "none":
+                raise ConfigError(
+                    "key_rotation spreads a token's outliers over its channels, which then share a scale: it takes "
+                    f"key_axis='token', not {self.key_axis!r}."
+                )
             return
         if promoted_bits:
             raise ConfigError(
@@ -177,6 +195,41 @@ class MixKVQConfig:
                 "key_feedback moves errors between channels that have scales of their own, and with key_axis='token' "
                 "they share one: set key_feedback to none, or key_axis to 'channel'."
             )
+
+    def _check_levels(self) -> None:
+        for kind, bits in (("key", self.key_bits), ("value", self.value_bits)):
+            given = getattr(self, f"{kind}_levels")
+            if given is None:
+                continue
+            rising = isinstance(given, (list, tuple)) and all(map(_is_real, given)) and sorted({*given}) == [*given]
+            _require(
+                rising and bits != BITS[-1] and len(given) == 2**bits and given[0] >= 0 and given[-1] < 2**bits,
+                f"{kind}_levels is none, or for {bits} bits a list of {2**bits} rising numbers from 0 to {2**bits - 1}",
+                self,
+                f"{kind}_levels",
+            )
+            object.__setattr__(self, f"{kind}_levels", tuple(given))
+            if getattr(self, f"{kind}_clip") or getattr(self, f"{kind}_unbiased"):
+                raise ConfigError(
+                    f"{kind}_levels are made for the whole range of a group: set {kind}_clip and {kind}_unbiased to "
+                    "false."
+                )
+
+    def _check_irregular(self, promoted_bits: tuple[int, ...]) -> None:
+        """Refuse what does not go with levels or outliers."""
+        _require(
+            _is_real(self.outliers) and 0 <= self.outliers <= MAX_OUTLIERS,
+            f"outliers is a share from 0 to {MAX_OUTLIERS}",
+            self,
+            "outliers",
+        )
+        if self.outliers and "hadamard" in (self.key_rotation, self.value_rotation):
+            raise ConfigError("A rotation spreads outliers, and outliers keeps them apart: use one of the two.")
+        field = "key_levels" if self.key_levels is not None else "outliers" if self.outliers else None
+        if field and promoted_bits:
+            raise ConfigError(f"{field} takes a policy that promotes no channels, unlike {self.policy}.")
+        if field and self.key_feedback is not None:
+            raise ConfigError(f"{field} takes keys that are rounded each for itself: set key_feedback to none.")
 
     def _checked_layers(self) -> tuple[LayerFields, ...]:
         """:attr:`layers` as sorted pairs, each of which makes a valid configuration."""
@@ -192,10 +245,10 @@ class MixKVQConfig:
                 if field in SHARED_FIELDS:
                     raise ConfigError(f"layers[{index}]: {field} is the same for all layers of a cache.")
             try:
-                self.replace(layers=(), **fields)
+                own = self.replace(layers=(), **fields)
             except ConfigError as error:
                 raise ConfigError(f"layers[{index}]: {error}") from None
-            checked.append(tuple(sorted(fields.items())))
+            checked.append(tuple((field, getattr(own, field)) for field in sorted(fields)))
         return tuple(checked)
 
     def for_layer(self, index: int) -> MixKVQConfig:
@@ -329,6 +382,10 @@ def _parse_value(field: str, text: str) -> Any:
             except ValueError:
                 raise ConfigError(f"{field} is a number, not '{text}'.") from None
     return text
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _equal_parts(size: int, most: int) -> int:

@@ -37,6 +37,26 @@ def test_budgets_by_layer_from_end_to_end(chat: Path, tmp_path: Path):
     assert used.exit_code == 0, used.output
 
 
+def test_levels_from_end_to_end(chat: Path, tmp_path: Path):
+    out, shape = tmp_path / "levels.json", ("--model", chat, "--window", 300, "--windows", 1)
+    result = run("calibrate", "kvquant", out, *shape)
+    assert result.exit_code == 0, result.output
+    found = Calibration.read(out)
+    assert found.kind == "kvquant"
+    assert all(
+        len(found.config.for_layer(i).key_levels) == len(found.config.for_layer(i).value_levels) == 4 for i in (0, 1)
+    )
+    used = run("fidelity", "--cache", out, *shape)
+    assert used.exit_code == 0, used.output
+    for option, message in {
+        ("--window", 200): "take at least 256 tokens, a block and more",
+        ("--cache", "bf16"): "key_levels is none, or for 16 bits",
+    }.items():
+        result = run("calibrate", "kvquant", out, *shape, *option)
+        assert result.exit_code == 2
+        assert message in said(result)
+
+
 def test_a_tolerance_instead_of_bits(chat: Path, tmp_path: Path):
     out = tmp_path / "found.json"
     shape = ("--model", chat, "--window", 300, "--windows", 1)

@@ -60,6 +60,13 @@ def test_caches_lists_every_preset():
         assert name in output
 
 
+def test_caches_says_what_runs_each_on_a_gpu():
+    rows = [[cell.strip() for cell in line.split("│")] for line in run("caches").output.splitlines() if "│" in line]
+    kernels = {row[1]: row[4] for row in rows if row[1]}
+    assert kernels.keys() == all_presets().keys()
+    assert (kernels["default"], kernels["bf16"], kernels["rotatekv-2"]) == ("cuda", "triton", "torch")
+
+
 def test_generate_prints_text_and_table(folder: Path):
     result = run("generate", "w5 w9 w11", "--model", folder, "--max-new-tokens", 160, "--dtype", "float32")
     assert result.exit_code == 0, result.output

@@ -36,13 +36,14 @@ def test_worked_example():
     groups=st.sampled_from((1, 2, 4)),
     clip=st.booleans(),
     unbiased=st.booleans(),
+    rotation=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
-def test_the_codes_are_those_of_values(seed: int, bits: int, groups: int, clip: bool, unbiased: bool):
+def test_the_codes_are_those_of_values(seed: int, bits: int, groups: int, clip: bool, unbiased: bool, rotation: bool):
     x = torch.randn(2, 3, 16, 8, generator=torch.Generator().manual_seed(seed))
-    options = {"groups": groups, "clip": clip, "unbiased": unbiased, "param_dtype": torch.float16}
+    options = {"groups": groups, "clip": clip, "unbiased": unbiased, "rotation": rotation, "param_dtype": torch.float16}
     keys = quantize_keys_per_token(x, torch.full((2, 3, 8), bits, dtype=torch.uint8), bits, **options)
-    values = quantize_values(x, bits, rotation=False, **options)
+    values = quantize_values(x, bits, **options)
     for name in ("codes", "scale", "zero"):
         assert torch.equal(getattr(keys, name), getattr(values, name))
 

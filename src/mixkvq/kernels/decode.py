@@ -83,7 +83,13 @@ def kernel_of_format(layout: PageLayout, dtype: torch.dtype) -> str:
 
 def unserved(layout: PageLayout) -> str | None:
     """Why no kernel of a GPU reads or writes pages of a format, which is then left to torch operations, or None."""
-    return "its keys have scales per token (key_axis='token')" if layout.key_axis == "token" else None
+    reasons = (
+        (layout.key_axis == "token", "its keys have scales per token (key_axis='token')"),
+        (layout.key_levels is not None, "its keys have levels that are not uniform (key_levels)"),
+        (layout.value_levels is not None, "its values have levels that are not uniform (value_levels)"),
+        (layout.outliers > 0, "it keeps outliers apart (outliers)"),
+    )
+    return next((reason for holds, reason in reasons if holds), None)
 
 
 def _check_kernel(kernel: str, query: Tensor, cache: CacheTensors) -> None:

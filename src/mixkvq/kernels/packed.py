@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixkvq.kernels.partial import Partial, cap, finite
 from mixkvq.kernels.unpack import base_keys, lane_keys, stored_values
+from mixkvq.quant.rotation import rotate
 from mixkvq.store.view import PackedPages, PageSlice
 
 #: Numbers that one slice of pages may be unpacked to, to bound memory and stay near the caches.
@@ -22,7 +23,7 @@ def packed_attention(query: Tensor, pages: PackedPages, softcap: float | None = 
     """Attention over all pages of every sequence.
 
     Args:
-        query: ``[B, Hkv, rows, D]`` float32, scaled.
+        query: ``[B, Hkv, rows, D]`` float32, scaled; not rotated.
         pages: the packed tokens; all of them are visible to every query of their sequence.
         softcap: see :func:`mixkvq.kernels.reference.attention`.
 
@@ -30,6 +31,8 @@ def packed_attention(query: Tensor, pages: PackedPages, softcap: float | None = 
         The part; values are still rotated if they were stored so.
     """
     layout = pages.layout
+    if layout.key_rotated:
+        query = rotate(query)  # (H q) . (H k) = q . k
     per_page = layout.kv_heads * layout.tokens * max(layout.key_dim, layout.value_dim, query.shape[2])
     batch, kv_heads, rows, _ = query.shape
     top = query.new_full((batch, kv_heads, rows), float("-inf"))

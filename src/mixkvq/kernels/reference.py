@@ -16,7 +16,7 @@ def dequantize_keys(pages: PageSlice) -> Tensor:
     for bits, chunks in pages.chunks.items():
         page, lane, head = chunks.head.nonzero(as_tuple=True)
         keys[page, head, :, chunks.channel[page, lane]] += lane_keys(pages, bits)[page, lane]
-    return keys
+    return rotate(keys) if pages.layout.key_rotated else keys
 
 
 def dequantize_pages(pages: PackedPages, row: int, *, rotated: bool) -> tuple[Tensor, Tensor]:

@@ -6,21 +6,25 @@ from torch import Tensor
 
 from mixkvq.quant.affine import dequantize, symmetric_zero
 from mixkvq.quant.block import DENSE_BITS
+from mixkvq.quant.levels import positions
+from mixkvq.quant.outliers import Outliers, put_outliers
 from mixkvq.quant.planes import join_planes, plane_widths, unpack
 from mixkvq.store.view import ChunkSlice, PageSlice
 
 
 def base_keys(pages: PageSlice) -> Tensor:
-    """What the base planes say of the keys, ``[N, Hkv, R, D]``; dense channels are 0."""
+    """What the base planes say of the keys, ``[N, Hkv, R, D]``, still rotated if they were; dense channels are 0."""
     layout, fields = pages.layout, pages.fields
     if layout.key_bits == DENSE_BITS:
         return fields["keys"].float()
-    codes = _codes(fields, "key_plane", layout.key_bits, dim=-2)
+    codes = positions(_codes(fields, "key_plane", layout.key_bits, dim=-2), layout.key_levels)
     if layout.key_axis == "token":
         scale, zero = (fields[name].transpose(2, 3).unsqueeze(4) for name in ("key_scale", "key_zero"))
-        return dequantize(codes.unflatten(3, (-1, layout.key_group)), scale, zero).flatten(3)
-    grouped = codes.unflatten(2, (-1, layout.key_group))
-    return dequantize(grouped, fields["key_scale"].unsqueeze(3), fields["key_zero"].unsqueeze(3)).flatten(2, 3)
+        keys = dequantize(codes.unflatten(3, (-1, layout.key_group)), scale, zero).flatten(3)
+    else:
+        grouped = codes.unflatten(2, (-1, layout.key_group))
+        keys = dequantize(grouped, fields["key_scale"].unsqueeze(3), fields["key_zero"].unsqueeze(3)).flatten(2, 3)
+    return _with_outliers(keys, fields, "key")
 
 
 def lane_keys(pages: PageSlice, bits: int) -> Tensor:
@@ -49,12 +53,18 @@ def stored_values(pages: PageSlice) -> Tensor:
     layout, fields = pages.layout, pages.fields
     if layout.value_bits == DENSE_BITS:
         return fields["values"].float()
-    codes = _codes(fields, "value_plane", layout.value_bits, dim=-1)
+    codes = positions(_codes(fields, "value_plane", layout.value_bits, dim=-1), layout.value_levels)
     grouped = codes.unflatten(2, (layout.value_groups, -1))
     scale = fields["value_scale"]
     zero = symmetric_zero(scale, layout.value_bits) if layout.value_symmetric else fields["value_zero"]
     values = dequantize(grouped, scale.unsqueeze(3), zero.unsqueeze(3))
-    return values.flatten(2, 3).transpose(2, 3)
+    return _with_outliers(values.flatten(2, 3).transpose(2, 3), fields, "value")
+
+
+def _with_outliers(x: Tensor, fields: dict[str, Tensor], kind: str) -> Tensor:
+    if f"{kind}_place" not in fields:
+        return x
+    return put_outliers(x, Outliers(fields[f"{kind}_place"].long(), fields[f"{kind}_outlier"]))
 
 
 def _codes(fields: dict[str, Tensor], name: str, bits: int, dim: int) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixkvq.config import ConfigError, MixKVQConfig
-from mixkvq.kernels.decode import has_kernels, unserved
+from mixkvq.kernels.decode import has_kernels, kernel_of_format, unserved
 from mixkvq.policies import KeyBlock, Policy, policy_class
 from mixkvq.quant.affine import is_clipped
 from mixkvq.quant.block import (
@@ -22,6 +22,7 @@ from mixkvq.quant.block import (
     quantize_values,
 )
 from mixkvq.quant.feedback import Feedback, rounding_order
+from mixkvq.quant.outliers import take_outliers
 from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store import MemoryReport, PageLayout
 
@@ -47,6 +48,10 @@ def page_layout(
         dense_dtype=dtype,
         value_symmetric=config.value_symmetric,
         key_axis=config.key_axis,
+        key_rotated=config.key_rotation == "hadamard" and config.key_bits != DENSE_BITS,
+        key_levels=config.key_levels,
+        value_levels=config.value_levels,
+        outliers=config.outliers,
     )
 
 
@@ -119,27 +124,37 @@ class Recipe:
         self, keys: Tensor, values: Tensor, bits: Tensor, statistics: QueryStatistics | None
     ) -> tuple[QuantizedKeys, QuantizedValues]:
         """Codes of blocks ``keys, values [N, Hkv, R, D]`` at planned ``bits [N, Hkv, D]``, a row of statistics each."""
-        config = self.config
+        layout = self.layout
+        key_group = {"dim": 2 if layout.key_axis == "channel" else 3, "group": layout.key_group}
+        value_group = {"dim": 3, "group": layout.value_dim // layout.value_groups}
+        keys, key_outliers = take_outliers(keys, layout.key_outliers, **key_group)
+        values, value_outliers = take_outliers(values, layout.value_outliers, **value_group)
         return (
-            self._quantize_keys(keys, bits, statistics),
-            quantize_values(
-                values,
-                config.value_bits,
-                groups=self.layout.value_groups,
-                clip=config.value_clip,
-                unbiased=config.value_unbiased,
-                symmetric=config.value_symmetric,
-                rotation=self.rotated,
-                param_dtype=config.param_dtype,
-            ),
+            replace(self._quantize_keys(keys, bits, statistics), outliers=key_outliers),
+            replace(self._quantize_values(values), outliers=value_outliers),
+        )
+
+    def _quantize_values(self, values: Tensor) -> QuantizedValues:
+        config = self.config
+        return quantize_values(
+            values,
+            config.value_bits,
+            groups=self.layout.value_groups,
+            clip=config.value_clip,
+            unbiased=config.value_unbiased,
+            symmetric=config.value_symmetric,
+            rotation=self.rotated,
+            param_dtype=config.param_dtype,
+            levels=config.value_levels,
         )
 
     def _quantize_keys(self, keys: Tensor, bits: Tensor, statistics: QueryStatistics | None) -> QuantizedKeys:
         config, layout = self.config, self.layout
         options: dict[str, Any] = {"unbiased": config.key_unbiased, "param_dtype": config.param_dtype}
+        options["levels"] = config.key_levels
         if config.key_axis == "token":
-            groups = layout.key_dim // layout.key_group
-            return quantize_keys_per_token(keys, bits, config.key_bits, groups=groups, clip=config.key_clip, **options)
+            options |= {"groups": layout.key_dim // layout.key_group, "rotation": layout.key_rotated}
+            return quantize_keys_per_token(keys, bits, config.key_bits, clip=config.key_clip, **options)
         clip = config.key_clip and is_clipped(config.key_bits)  # promoted widths are higher still
         feedback = self._feedback(keys, bits, statistics)
         return quantize_keys(keys, bits, group=config.key_group, clip=clip, feedback=feedback, **options)
@@ -279,9 +294,20 @@ def expected_bits(
         key bits, value bits, and whether these are final: a policy with thresholds promotes channels by the data, and
         key bits are then those without any.
     """
-    policy = policy_class(config.policy)(config)
-    layout = page_layout(config, policy, kv_heads, head_dim, head_dim, dtype)
+    layout, policy = _expected_layout(config, kv_heads, head_dim, dtype)
     promoted = policy.promoted_channels(kv_heads, head_dim)
     page = MemoryReport(layout.part_bytes(promoted or {}))
     page.packed_keys = page.packed_values = kv_heads * layout.tokens * head_dim
     return page.key_bits, page.value_bits, promoted is not None
+
+
+def expected_kernel(config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    """What a GPU reads the pages with, as :func:`mixkvq.kernels.decode.kernel_of_format` has it."""
+    return kernel_of_format(_expected_layout(config, kv_heads, head_dim, dtype)[0], dtype)
+
+
+def _expected_layout(
+    config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[PageLayout, Policy]:
+    policy = policy_class(config.policy)(config)
+    return page_layout(config, policy, kv_heads, head_dim, head_dim, dtype), policy

@@ -5,11 +5,15 @@ from mixkvq.policies.bf16 import BF16
 from mixkvq.policies.kitty import Kitty
 from mixkvq.policies.kivi import KIVI
 from mixkvq.policies.kvmix import KVmix
+from mixkvq.policies.kvquant import KVQuant
 from mixkvq.policies.mixkvq import MixKVQ
 from mixkvq.policies.pm_kvq import PMKVQ
+from mixkvq.policies.rotate_kv import RotateKV
 
 #: Adding a policy is one file and one line here; the CLI, the fidelity table and the tests' matrix follow.
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (MixKVQ, KIVI, Kitty, KVmix, PMKVQ, BF16)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (MixKVQ, KIVI, Kitty, KVmix, PMKVQ, RotateKV, KVQuant, BF16)
+}
 
 
 def policy_class(name: str) -> type[Policy]:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mixkvq.quant.affine import Affine, quantize
 from mixkvq.quant.feedback import Feedback, quantize_with_feedback
+from mixkvq.quant.levels import Levels, to_levels
+from mixkvq.quant.outliers import Outliers
 from mixkvq.quant.rotation import rotate
 
 #: The width that stands for "not quantized": the channel is kept in the model's own type.
@@ -21,11 +23,13 @@ class QuantizedKeys:
     """Codes of N blocks of keys.
 
     Attributes:
-        codes: ``[N, Hkv, R, D]`` uint8, at each channel's own width; 0 in dense channels.
+        codes: ``[N, Hkv, R, D]`` uint8, at each channel's own width; 0 in dense channels. In the rotated basis if the
+            cache rotates keys.
         scale, zero: ``[N, Hkv, R / G, D]`` float32, 0 in dense channels; ``[N, Hkv, R, groups]`` where they were
             quantized per token.
         bits: ``[N, Hkv, D]`` uint8, each channel's width.
         dense: ``[N, Hkv, R, D]``, the keys themselves, of which dense channels are taken.
+        outliers: numbers that are kept as they are; None without.
     """
 
     codes: Tensor
@@ -33,6 +37,7 @@ class QuantizedKeys:
     zero: Tensor
     bits: Tensor
     dense: Tensor
+    outliers: Outliers | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,14 @@ class QuantizedValues:
         codes: ``[N, Hkv, R, D]`` uint8.
         scale, zero: ``[N, Hkv, R, groups]`` float32.
         dense: ``[N, Hkv, R, D]``, the values themselves, for a cache that does not quantize them.
+        outliers: numbers that are kept as they are; None without.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
     dense: Tensor
+    outliers: Outliers | None = None
 
 
 def quantize_keys(
@@ -60,6 +67,7 @@ def quantize_keys(
     unbiased: bool,
     param_dtype: torch.dtype,
     feedback: Feedback | None = None,
+    levels: Levels | None = None,
 ) -> QuantizedKeys:
     """Quantize keys ``[N, Hkv, R, D]`` per channel, in groups of ``group`` tokens, at ``bits [N, Hkv, D]``.
 
@@ -69,7 +77,7 @@ def quantize_keys(
     grouped = keys.transpose(2, 3).unflatten(3, (-1, group))  # [N, Hkv, D, R / G, G]
     widths = bits.masked_fill(dense, 1)
     if feedback is None:
-        q = quantize(grouped, widths[..., None, None], clip=clip, unbiased=unbiased, param_dtype=param_dtype)
+        q = _quantize(grouped, widths[..., None, None], levels, clip=clip, unbiased=unbiased, param_dtype=param_dtype)
     else:
         q = quantize_with_feedback(
             grouped, widths, dense, feedback, clip=clip, unbiased=unbiased, param_dtype=param_dtype
@@ -94,16 +102,19 @@ def quantize_values(
     symmetric: bool = False,
     rotation: bool,
     param_dtype: torch.dtype,
+    levels: Levels | None = None,
 ) -> QuantizedValues:
     """Quantize values ``[N, Hkv, R, D]`` per token, in ``groups`` equal parts of the channels."""
     q = _quantize_tokens(
-        rotate(values) if rotation else values,
+        values,
         bits,
         groups=groups,
+        rotation=rotation,
         clip=clip,
         unbiased=unbiased,
         symmetric=symmetric,
         param_dtype=param_dtype,
+        levels=levels,
     )
     return QuantizedValues(q.codes, q.scale, q.zero, dense=values)
 
@@ -116,17 +127,36 @@ def quantize_keys_per_token(
     groups: int,
     clip: bool,
     unbiased: bool,
+    rotation: bool,
     param_dtype: torch.dtype,
+    levels: Levels | None = None,
 ) -> QuantizedKeys:
     """Quantize keys ``[N, Hkv, R, D]`` as :func:`quantize_values` does values.
 
     Every channel has the same ``width``, which is what ``bits [N, Hkv, D]`` says, too.
     """
-    q = _quantize_tokens(keys, width, groups=groups, clip=clip, unbiased=unbiased, param_dtype=param_dtype)
+    q = _quantize_tokens(
+        keys,
+        width,
+        groups=groups,
+        rotation=rotation,
+        clip=clip,
+        unbiased=unbiased,
+        param_dtype=param_dtype,
+        levels=levels,
+    )
     return QuantizedKeys(q.codes, q.scale, q.zero, bits, dense=keys)
 
 
-def _quantize_tokens(x: Tensor, bits: int, *, groups: int, **options: Any) -> Affine:
+def _quantize_tokens(
+    x: Tensor, bits: int, *, groups: int, rotation: bool, levels: Levels | None, **options: Any
+) -> Affine:
     """Codes ``[N, Hkv, R, D]``, scale and zero ``[N, Hkv, R, groups]``; of widths that are not quantized, unused."""
-    q = quantize(x.unflatten(3, (groups, -1)), min(bits, 8), **options)
+    basis = rotate(x) if rotation else x
+    q = _quantize(basis.unflatten(3, (groups, -1)), min(bits, 8), levels, **options)
     return Affine(q.codes.flatten(3), q.scale.squeeze(-1), q.zero.squeeze(-1))
+
+
+def _quantize(grouped: Tensor, bits: int | Tensor, levels: Levels | None, **options: Any) -> Affine:
+    q = quantize(grouped, bits, **options)
+    return q if levels is None else to_levels(grouped, q, levels)

@@ -12,7 +12,7 @@ from mixkvq.config import MixKVQConfig, all_presets
 from mixkvq.evaluate.accuracy import Accuracy
 from mixkvq.evaluate.fidelity import Fidelity
 from mixkvq.evaluate.likelihood import LENGTHS, ChainFidelity
-from mixkvq.layers.recipe import expected_bits
+from mixkvq.layers.recipe import expected_bits, expected_kernel
 from mixkvq.report.fidelity import pareto_front
 from mixkvq.store import MemoryReport
 
@@ -145,16 +145,18 @@ def memory_table(report: MemoryReport) -> Table:
 
 
 def presets_table(kv_heads: int = 8, head_dim: int = 128) -> Table:
-    """The presets, with the bits that they take in a model of the given shape."""
+    """The presets, with the bits that they take in a BF16 model of the given shape, and what a GPU reads them with."""
     table = new_table(
         f"Caches; bits per element at {kv_heads} KV heads of dimension {head_dim}",
-        "name", "keys", "values", "what it is", "source",
+        "name", "keys", "values", "GPU", "what it is", "source",
     )  # fmt: skip
     table.columns[0].no_wrap = True
     for column in table.columns[3:]:
         column.justify, column.no_wrap = "left", False
     for name, preset in all_presets().items():
-        keys, values, final = expected_bits(MixKVQConfig.preset(name), kv_heads, head_dim)
+        config = MixKVQConfig.preset(name)
+        keys, values, final = expected_bits(config, kv_heads, head_dim)
+        kernel = expected_kernel(config, kv_heads, head_dim)
         floor = "" if final else "from "
-        table.add_row(name, f"{floor}{keys:.2f}", f"{values:.2f}", preset.summary, preset.source)
+        table.add_row(name, f"{floor}{keys:.2f}", f"{values:.2f}", kernel, preset.summary, preset.source)
     return table

@@ -9,6 +9,7 @@ A **page** holds a block of R tokens of all KV heads of one layer, as one run of
   ``[Hkv, groups, R]``.
 * values: one plane of ``[Hkv, D, words]`` words per 2 bits, tokens innermost; scale and zero ``[Hkv, groups, R]``, or
   scale alone where groups are symmetric.
+* outliers, of keys and of values: as many of each head, ``[Hkv, k]`` numbers and their places ``token * D + channel``.
 * per promoted width: the run of **chunks** that holds its channels, and the first lane of every head in that run.
 
 A chunk holds some promoted channels, its **lanes**: each lane's channel number and either the planes of the extra low
@@ -96,7 +97,10 @@ class PageLayout:
         param_dtype: type of scales and zeros.
         dense_dtype: type of everything that is not quantized: the model's own.
         key_axis: whether the tokens of a channel share a key scale, or the channels of a token.
-        promoted_dtype: type of dense channels among quantized ones: 16 bits wide.
+        key_rotated: whether packed keys are Hadamard-rotated, so that queries have to be, too.
+        key_levels, value_levels: what codes stand for; see :mod:`mixkvq.quant.levels`.
+        outliers: share of the keys and values of a head that are kept apart; see :mod:`mixkvq.quant.outliers`.
+        promoted_dtype: type of dense channels among quantized ones, and of outliers: 16 bits wide.
     """
 
     kv_heads: int
@@ -112,12 +116,16 @@ class PageLayout:
     dense_dtype: torch.dtype
     value_symmetric: bool = False
     key_axis: Literal["channel", "token"] = "channel"
+    key_rotated: bool = False
+    key_levels: tuple[float, ...] | None = None
+    value_levels: tuple[float, ...] | None = None
+    outliers: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.key_axis == "token" and self.promoted_bits:
+        if (self.key_axis == "token" or self.outliers or self.key_levels) and self.promoted_bits:
             raise ValueError(
-                f"Channels promoted to {self.promoted_bits} bits need key scales of their own: use key_axis='channel', "
-                "or a policy that promotes none."
+                f"Channels promoted to {self.promoted_bits} bits need key scales of their own and uniform levels: use "
+                "key_axis='channel', no key_levels and no outliers, or a policy that promotes none."
             )
 
     @cached_property
@@ -137,6 +145,16 @@ class PageLayout:
     @property
     def promoted_dtype(self) -> torch.dtype:
         return self.dense_dtype if self.dense_dtype.itemsize == 2 else torch.bfloat16
+
+    @property
+    def key_outliers(self) -> int:
+        """Keys of a page and head that are kept as they are."""
+        return 0 if self.key_bits == DENSE_BITS else round(self.outliers * self.tokens * self.key_dim)
+
+    @property
+    def value_outliers(self) -> int:
+        """Values of a page and head that are kept as they are."""
+        return 0 if self.value_bits == DENSE_BITS else round(self.outliers * self.tokens * self.value_dim)
 
     @property
     def token_elements(self) -> int:
@@ -178,6 +196,7 @@ class PageLayout:
             *planes,
             Field("key_scale", "key scales", self.param_dtype, params),
             Field("key_zero", "key scales", self.param_dtype, params),
+            *self._outlier_fields("key", self.key_outliers, self.key_dim),
         ]
 
     def _value_fields(self) -> list[Field]:
@@ -194,7 +213,15 @@ class PageLayout:
             for i, width in enumerate(plane_widths(self.value_bits))
         ]
         names = ("value_scale",) if self.value_symmetric else ("value_scale", "value_zero")
-        return [*planes, *(Field(name, "value scales", self.param_dtype, params) for name in names)]
+        scales = (Field(name, "value scales", self.param_dtype, params) for name in names)
+        return [*planes, *scales, *self._outlier_fields("value", self.value_outliers, self.value_dim)]
+
+    def _outlier_fields(self, kind: str, count: int, dim: int) -> list[Field]:
+        if not count:
+            return []
+        place = torch.int16 if self.tokens * dim <= 1 << 15 else torch.int32
+        part, shape = f"{kind} outliers", (self.kv_heads, count)
+        return [Field(f"{kind}_outlier", part, self.promoted_dtype, shape), Field(f"{kind}_place", part, place, shape)]
 
     def _run_fields(self) -> list[Field]:
         return [

@@ -12,7 +12,9 @@ from mixkvq.quant.block import DENSE_BITS
 from mixkvq.store.layout import PageLayout
 
 #: Parts that are the packed pages; everything else is kept in the model's type, or keeps the books.
-PACKED_PARTS = ("key codes", "key scales", "tier index", "value codes", "value scales")
+KEY_PARTS = ("key codes", "key scales", "key outliers", "tier index")
+VALUE_PARTS = ("value codes", "value scales", "value outliers")
+PACKED_PARTS = (*KEY_PARTS, *VALUE_PARTS)
 
 
 @dataclass
@@ -20,10 +22,10 @@ class MemoryReport:
     """Bytes held, by part, and what they come to per element.
 
     Attributes:
-        parts: bytes of the tensors really held: the packed parts (``key codes, key scales, tier index, value codes,
-            value scales``), ``sinks``, ``residual`` (allocated in full from the start), ``statistics`` (running
-            query sums), ``tables`` (block table, lengths), ``spare`` (room allocated ahead of need) and ``other
-            layers`` (layers this package leaves alone: sliding windows and the like).
+        parts: bytes of the tensors really held: the packed parts (:data:`PACKED_PARTS`), ``sinks``, ``residual``
+            (allocated in full from the start), ``statistics`` (running query sums), ``tables`` (block table, lengths),
+            ``spare`` (room allocated ahead of need) and ``other layers`` (layers this package leaves alone: sliding
+            windows and the like).
         packed_keys, packed_values: elements in pages.
         key_code_bits, value_code_bits: bits of their codes, each channel counted at its tier's width.
         elements: elements of all tokens seen by the quantized layers, keys and values together.
@@ -73,14 +75,13 @@ class MemoryReport:
 
     @property
     def key_bits(self) -> float:
-        """Honest bits per packed key element: codes, scales, zeros and tier index as they are stored."""
-        held = self.parts["key codes"] + self.parts["key scales"] + self.parts["tier index"]
-        return 8 * held / max(self.packed_keys, 1)
+        """Honest bits per packed key element: codes, scales, zeros, outliers and tier index as they are stored."""
+        return 8 * sum(self.parts[part] for part in KEY_PARTS) / max(self.packed_keys, 1)
 
     @property
     def value_bits(self) -> float:
         """Honest bits per packed value element."""
-        return 8 * (self.parts["value codes"] + self.parts["value scales"]) / max(self.packed_values, 1)
+        return 8 * sum(self.parts[part] for part in VALUE_PARTS) / max(self.packed_values, 1)
 
     @property
     def bits(self) -> float:

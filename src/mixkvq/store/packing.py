@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from mixkvq.quant.affine import storable
 from mixkvq.quant.block import DENSE_BITS, QuantizedKeys, QuantizedValues
+from mixkvq.quant.outliers import Outliers
 from mixkvq.quant.planes import pack, plane_widths, split_planes
 from mixkvq.store.layout import PageLayout
 
@@ -61,6 +62,8 @@ def _page_fields(layout: PageLayout, keys: QuantizedKeys, values: QuantizedValue
         else:
             yield "key_scale", storable(keys.scale * 2.0 ** extra[:, :, None], layout.param_dtype)
             yield "key_zero", keys.zero
+    yield from _outlier_fields("key", keys.outliers)
+    yield from _outlier_fields("value", values.outliers)
     if layout.value_bits == DENSE_BITS:
         yield "values", values.dense
     else:
@@ -69,6 +72,12 @@ def _page_fields(layout: PageLayout, keys: QuantizedKeys, values: QuantizedValue
         yield "value_scale", values.scale.transpose(2, 3)
         if not layout.value_symmetric:
             yield "value_zero", values.zero.transpose(2, 3)
+
+
+def _outlier_fields(kind: str, outliers: Outliers | None) -> Iterator[tuple[str, Tensor]]:
+    if outliers is not None:
+        yield f"{kind}_outlier", outliers.values
+        yield f"{kind}_place", outliers.at
 
 
 def _write_lanes(

@@ -1,0 +1,100 @@
+"""KVQuant's levels of each layer: k-means over its groups' numbers, weighed by how much an error there costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mixkvq.calibrate.capture import Tape, record
+from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.config import MixKVQConfig
+from mixkvq.layers.recipe import Recipe
+from mixkvq.policies import policy_class
+from mixkvq.quant.block import QuantizedKeys, QuantizedValues
+from mixkvq.quant.levels import Levels, count, fit_levels, new_histogram, steps
+
+
+def check_base(base: MixKVQConfig) -> None:
+    """Refuse a configuration that cannot have levels.
+
+    Raises:
+        ConfigError: of keys or values that are not quantized, or of what does not go with levels.
+        CalibrationError: it rotates them, or has settings by layer.
+    """
+    base.replace(**{f"{kind}_levels": tuple(range(1 << getattr(base, f"{kind}_bits"))) for kind in ("key", "value")})
+    if "hadamard" in (base.key_rotation, base.value_rotation):
+        raise CalibrationError("Levels are calibrated for keys and values as they are: set both rotations to none.")
+    if base.layers:
+        raise CalibrationError("This cache has settings by layer already: start from a preset.")
+
+
+def layer_levels(
+    model: PreTrainedModel,
+    texts: Tensor,
+    base: MixKVQConfig,
+    bounds: Sequence[tuple[int, int]],
+    first: int,
+    generator: torch.Generator,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[int, dict[str, Levels]]:
+    """``key_levels`` and ``value_levels`` of every layer, by its number.
+
+    Args:
+        texts: ``[N, T]`` tokens.
+        bounds, first: as :func:`mixkvq.calibrate.capture.record` has them.
+        advance: called after each text.
+    """
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for tokens in texts:
+        for tape in record(model, tokens.to(model.device), first, bounds, generator):
+            for row, layer in enumerate(tape.layers):
+                histograms = found.setdefault(layer, (new_histogram(base.key_bits), new_histogram(base.value_bits)))
+                count_layer(tape, row, base, histograms)
+        advance()
+    return {
+        layer: {"key_levels": fit_levels(keys, base.key_bits), "value_levels": fit_levels(values, base.value_bits)}
+        for layer, (keys, values) in found.items()
+    }
+
+
+@torch.inference_mode()
+def count_layer(tape: Tape, row: int, config: MixKVQConfig, histograms: tuple[Tensor, Tensor]) -> None:
+    """Count where the keys and values of a layer's blocks lie in their groups, but for outliers.
+
+    A number weighs what an error of one step there costs: the square of its gradient times its group's scale.
+    """
+    blocks = (tape.keys.shape[2] - config.sinks) // config.residual_length
+    if not blocks:
+        return
+    where = slice(config.sinks, config.sinks + blocks * config.residual_length)
+
+    def cut(x: Tensor) -> Tensor:
+        """``[Hkv, T, D]`` to ``[blocks, Hkv, R, D]``."""
+        return x[:, where].unflatten(1, (blocks, -1)).transpose(0, 1)
+
+    keys, values = cut(tape.keys[row]), cut(tape.values[row])
+    recipe = Recipe.of(
+        config, policy_class(config.policy)(config), keys.shape[1], keys.shape[3], values.shape[3], keys.dtype
+    )
+    packed_keys, packed_values = recipe.quantize(keys, values, recipe.plan(keys, None), None)
+    key_weight, value_weight = (cut(x[:, row].square().mean(0)) for x in (tape.key_gradients, tape.value_gradients))
+    _count_blocks(histograms[0], keys, packed_keys, key_weight)
+    _count_blocks(histograms[1], values, packed_values, value_weight)
+
+
+def _count_blocks(histogram: Tensor, x: Tensor, q: QuantizedKeys | QuantizedValues, weight: Tensor) -> None:
+    scale, zero = (_spread(part, x) for part in (q.scale, q.zero))
+    weight = weight * scale.square()
+    if q.outliers is not None:
+        weight = weight.flatten(2).scatter(2, q.outliers.at, 0.0).view_as(x)
+    count(histogram, steps(x, scale, zero), weight)
+
+
+def _spread(part: Tensor, x: Tensor) -> Tensor:
+    """A scale or zero of every group as one of every number."""
+    for dim in (2, 3):
+        part = part.repeat_interleave(x.shape[dim] // part.shape[dim], dim)
+    return part
