@@ -55,3 +55,7 @@ class PMKVQ(KIVI):
             raise ConfigError(f"The {cls.name} policy needs plan_tokens, the length that its budget is for.")
         if config.key_feedback is not None:
             raise ConfigError(f"The {cls.name} policy rounds codes one by one: leave key_feedback out.")
+        if config.outliers or config.key_levels is not None or config.value_levels is not None:
+            raise ConfigError(
+                f"The {cls.name} policy halves even codes: leave outliers, key_levels and value_levels out."
+            )
