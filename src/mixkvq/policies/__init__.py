@@ -5,10 +5,11 @@ from mixkvq.policies.bf16 import BF16
 from mixkvq.policies.kitty import Kitty
 from mixkvq.policies.kivi import KIVI
 from mixkvq.policies.kvmix import KVmix
+from mixkvq.policies.kvtuner import KVTuner
 from mixkvq.policies.mixkvq import MixKVQ
 
 #: Adding a policy is one file and one line here; the CLI, the fidelity table and the tests' matrix follow.
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (MixKVQ, KIVI, Kitty, KVmix, BF16)}
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (MixKVQ, KIVI, Kitty, KVmix, KVTuner, BF16)}
 
 
 def policy_class(name: str) -> type[Policy]:

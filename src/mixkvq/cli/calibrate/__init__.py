@@ -6,8 +6,9 @@ import typer
 
 from mixkvq.cli.calibrate.budget import budget
 from mixkvq.cli.calibrate.kvmix import kvmix
+from mixkvq.cli.calibrate.kvtuner import kvtuner
 from mixkvq.cli.calibrate.thresholds import thresholds
 
 calibrate = typer.Typer(help="Find a configuration for a model.", no_args_is_help=True)
-for command in (budget, thresholds, kvmix):
+for command in (budget, thresholds, kvmix, kvtuner):
     calibrate.command()(command)
