@@ -12,9 +12,9 @@ from mixkvq.calibrate.kvtuner import (
     PairErrors,
     check_floor,
     cluster_layers,
+    first_choices,
     layer_fields,
     output_errors,
-    uniform_choices,
 )
 from mixkvq.evaluate.fidelity import appends, fidelity
 from mixkvq.models import attention
@@ -50,7 +50,10 @@ def test_clusters_by_hand():
     )
     every = (0, 1, 2, 3, 4)
     assert found == [Cluster((0, 2), every), Cluster((1, 5), every), Cluster((3,), (0, 1, 2, 4))]
-    assert uniform_choices(found) == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [4, 4, 4]]
+    alike = [(0, 0, 0), (1, 1, 1), (2, 2, 2), (4, 4, 4)]
+    assert first_choices(found, BITS, 5.5) == [*alike, (1, 2, 2), (2, 1, 2), (2, 2, 1)]
+    assert first_choices(found, BITS, 4.5) == [*alike, (3, 3, 2)]  # the last cluster cannot have 4/2
+    assert first_choices(found, BITS, 99) == alike
     fields = layer_fields(found, [1, 4, 2])
     assert fields[0] == fields[2] == {"key_bits": 8, "value_bits": 4}
     assert fields[1] == fields[5] == {"key_bits": 2, "value_bits": 2}

@@ -124,13 +124,18 @@ class _Replay:
         return PairErrors(tuple((self.errors[layer] / self.count).tolist()), bits)
 
 
+def mean_bits(costs: Mapping[int, PairErrors]) -> list[float]:
+    """Honest bits of each pair, mean over layers."""
+    return [sum(each) / len(costs) for each in zip(*(cost.bits for cost in costs.values()), strict=True)]
+
+
 def check_floor(costs: Mapping[int, PairErrors], bits: float) -> None:
     """Refuse a goal that not even the smallest pairs reach.
 
     Raises:
         CalibrationError: it is below their honest bits.
     """
-    floor = sum(min(cost.bits) for cost in costs.values()) / len(costs)
+    floor = min(mean_bits(costs))
     if bits < floor - 1e-9:
         raise CalibrationError(
             f"{bits:.3g} bits are below the floor of {floor:.3g}: {PAIRS[-1][0]} bits for all keys and "
@@ -179,6 +184,21 @@ def layer_fields(clusters: Sequence[Cluster], chosen: Sequence[int]) -> dict[int
     }
 
 
-def uniform_choices(clusters: Sequence[Cluster]) -> list[list[int]]:
-    """For every pair that all clusters may have, its number for each of them."""
-    return [[pair] * len(clusters) for pair in range(len(PAIRS)) if all(pair in cluster.pairs for cluster in clusters)]
+def first_choices(clusters: Sequence[Cluster], bits: Sequence[float], goal: float) -> list[tuple[int, ...]]:
+    """Where a search starts: all clusters alike, and near the goal each cluster alone one step wider.
+
+    Args:
+        bits: honest bits of each pair.
+        goal: bits to spend at most.
+
+    Returns:
+        Numbers of the clusters' pairs; none that a cluster may not have.
+    """
+    alike = [(pair,) * len(clusters) for pair in range(len(PAIRS))]
+    near = next((pair for pair, each in enumerate(bits) if each <= goal), len(PAIRS) - 1)
+    wider = [tuple(near - (other == at) for other in range(len(clusters))) for at in range(len(clusters)) if near > 0]
+    return [
+        choice
+        for choice in alike + wider
+        if all(pair in cluster.pairs for pair, cluster in zip(choice, clusters, strict=True))
+    ]

@@ -15,9 +15,10 @@ from mixkvq.calibrate.kvtuner import (
     Cluster,
     check_floor,
     cluster_layers,
+    first_choices,
     layer_fields,
+    mean_bits,
     output_errors,
-    uniform_choices,
 )
 from mixkvq.calibrate.layers import with_layers
 from mixkvq.calibrate.search import Params, Point, best_within, front, nsga2, search
@@ -55,7 +56,7 @@ from mixkvq.report.fidelity import BITS, KL
 from mixkvq.report.tables import calibration_table, front_table
 
 #: Trials of a generation.
-POPULATION = 20
+POPULATION = 16
 
 
 def kvtuner(
@@ -89,7 +90,8 @@ def kvtuner(
         check_floor(errors, bits)
         clusters = cluster_layers(errors)
         judge = Judge(network, searched, journal, "searched", keep=True)
-        points = _search(network, base, clusters, judge, seed, tries)
+        first = first_choices(clusters, mean_bits(errors), bits)
+        points = _search(network, base, clusters, judge, first, seed, tries)
         found = best_within(points, bits)
         names = {_name(point): (point.bits, point.loss) for point in points}
         output.print(_clusters_line(clusters))
@@ -112,7 +114,13 @@ def kvtuner(
 
 
 def _search(
-    model: PreTrainedModel, base: MixKVQConfig, clusters: list[Cluster], judge: Judge, seed: int, tries: int
+    model: PreTrainedModel,
+    base: MixKVQConfig,
+    clusters: list[Cluster],
+    judge: Judge,
+    first: list[tuple[int, ...]],
+    seed: int,
+    tries: int,
 ) -> list[Point]:
     def measure(params: Params) -> tuple[float, float]:
         row = judge(_config(model, base, clusters, params))
@@ -126,7 +134,7 @@ def _search(
             _space(clusters),
             measure,
             tries,
-            first=[_params(choice) for choice in uniform_choices(clusters)],
+            first=map(_params, first),
             advance=lambda: bar.advance(task),
         )
 
@@ -137,7 +145,7 @@ def _space(clusters: list[Cluster]) -> dict[str, Any]:
     return {f"cluster {i}": CategoricalDistribution(list(cluster.pairs)) for i, cluster in enumerate(clusters)}
 
 
-def _params(choice: list[int]) -> dict[str, int]:
+def _params(choice: tuple[int, ...]) -> dict[str, int]:
     return {f"cluster {i}": pair for i, pair in enumerate(choice)}
 
 
