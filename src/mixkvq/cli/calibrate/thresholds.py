@@ -36,7 +36,6 @@ from mixkvq.cli.common import (
     JsonOption,
     ModelOption,
     TextOption,
-    WindowsOption,
     check_writable,
     clean_exit,
     inputs,
@@ -82,7 +81,9 @@ def thresholds(
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = None,
     text: TextOption = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    count: WindowsOption = 4,
+    count: Annotated[
+        int | None, typer.Option("--windows", help="Windows of each text.", show_default="4; 1 for a search")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     trials: TrialsOption = None,
     plot: PlotOption = None,
@@ -98,6 +99,8 @@ def thresholds(
     with clean_exit(), kept(trials):
         check_writable(json_file)
         start = {"bf16_share": bf16_share, "uint4_share": uint4_share_for(bits, bf16_share)}
+        if count is None:
+            count = 4 if out is None else 1
         if out is None:
             _refuse(trials=trials, plot=plot, problems=problems, data_dir=data_dir)
             network, tokenizer = load_model(model, parse_dtype(dtype), device)
