@@ -30,7 +30,7 @@ def test_overrides_as_the_command_line_writes_them():
         ("default:budget=high", "budget is a number, not 'high'"),
         ("default:sinks=1.5", "sinks is a number, not '1.5'"),
         ("default:debug=maybe", "debug is true or false, not 'maybe'"),
-        ("default:policy=kiwi", "no policy 'kiwi'. Known: bf16, kitty, kivi, kvmix, kvquant, mixkvq, rotatekv"),
+        ("default:policy=kiwi", "no policy 'kiwi'. Known: bf16, kitty, kivi, kvmix, kvquant, kvtuner, mixkvq, pm_kvq"),
         ("default:key_group=48", r"key_group divides residual_length \(128\); key_group=48 was given"),
         ("default:key_group=0", "key_group divides"),
         ("kivi-2:key_axis=token,key_group=0", "key_group is at least 1"),

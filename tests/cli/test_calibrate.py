@@ -1,5 +1,6 @@
 """``mixkvq calibrate``: from a text to a file for ``--cache``, and back."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ from typer.testing import CliRunner, Result
 from mixkvq import MixKVQConfig
 from mixkvq.calibrate.file import Calibration
 from mixkvq.cli import app
+from mixkvq.policies.kvtuner import PAIRS
+
+#: One window to search on, and one to judge on.
+TINY = ("--window", 300, "--windows", 1)
 
 
 def run(*arguments: object) -> Result:
@@ -35,26 +40,6 @@ def test_budgets_by_layer_from_end_to_end(chat: Path, tmp_path: Path):
     assert Calibration.read(out).config == found.config
     used = run("fidelity", "--model", chat, "--window", 300, "--windows", 1, "--cache", out)
     assert used.exit_code == 0, used.output
-
-
-def test_levels_from_end_to_end(chat: Path, tmp_path: Path):
-    out, shape = tmp_path / "levels.json", ("--model", chat, "--window", 300, "--windows", 1)
-    result = run("calibrate", "kvquant", out, *shape)
-    assert result.exit_code == 0, result.output
-    found = Calibration.read(out)
-    assert found.kind == "kvquant"
-    assert all(
-        len(found.config.for_layer(i).key_levels) == len(found.config.for_layer(i).value_levels) == 4 for i in (0, 1)
-    )
-    used = run("fidelity", "--cache", out, *shape)
-    assert used.exit_code == 0, used.output
-    for option, message in {
-        ("--window", 200): "take at least 256 tokens, a block and more",
-        ("--cache", "bf16"): "key_levels is none, or for 16 bits",
-    }.items():
-        result = run("calibrate", "kvquant", out, *shape, *option)
-        assert result.exit_code == 2
-        assert message in said(result)
 
 
 def test_a_tolerance_instead_of_bits(chat: Path, tmp_path: Path):
@@ -113,33 +98,105 @@ def test_kvmix_writes_its_profile(chat: Path, tmp_path: Path):
     assert MixKVQConfig.parse(str(out)) == found.config
 
 
-def test_pm_kvqs_last_widths_and_a_smooth_model(chat: Path, tmp_path: Path):
-    out, smooth = tmp_path / "pm.json", tmp_path / "smooth"
-    shape = ("--window", 300, "--windows", 1)
-    result = run("calibrate", "pm-kvq", out, "--model", chat, *shape, "--tokens", 384, "--smooth", smooth)
+def test_kvtuner_from_end_to_end(chat: Path, tmp_path: Path):
+    out, picture = tmp_path / "found.json", tmp_path / "front.svg"
+    words = ("calibrate", "kvtuner", out, "--model", chat, *TINY, "--trials", tmp_path / "trials")
+    result = run(*words, "--bits", 5, "--tries", 8, "--plot", picture)
     assert result.exit_code == 0, result.output
-    assert "4 bits in the end: layers" in said(result)
-    assert f"use it with --model {smooth}" in said(result)
+    assert "Pareto front" in result.output
+    assert "honest bits" in picture.read_text()
     found = Calibration.read(out)
-    assert (found.kind, found.config.plan_tokens, found.config.key_axis) == ("pm-kvq", 384, "token")
-    assert sorted(dict(fields)["key_bits"] for fields in found.config.layers) == [2, 4]
-    used = run("fidelity", "--model", smooth, *shape, "--cache", out)
-    assert used.exit_code == 0, used.output
+    assert (found.kind, found.config.policy) == ("kvtuner", "kvtuner")
+    assert found.results["found"]["bits"] <= 5
+    assert set(found.results["layers"]) == {"0", "1"}
+    for fields in found.config.as_dict()["layers"]:
+        assert (fields["key_bits"], fields["value_bits"]) in PAIRS
+    wider = run(*words, "--bits", 6, "--tries", 8)  # everything but what is now found was measured before
+    assert wider.exit_code == 0, wider.output
+    assert Calibration.read(out).results["front"] == found.results["front"]
+    assert run("fidelity", "--model", chat, *TINY, "--cache", out).exit_code == 0
+
+
+def test_searched_thresholds_from_end_to_end(chat: Path, tmp_path: Path):
+    out, picture, rows = tmp_path / "found.json", tmp_path / "front.png", tmp_path / "rows.json"
+    shape = ("--model", chat, *TINY, "--trials", tmp_path / "trials", "--plot", picture, "--json", rows)
+    result = run("calibrate", "thresholds", out, *shape, "--bits", 3.2, "--tries", 12)
+    assert result.exit_code == 0, result.output
+    assert "Pareto front of 12 points" in said(result)
+    assert picture.exists()
+    found = Calibration.read(out)
+    assert (found.kind, found.config.policy) == ("thresholds", "mixkvq")
+    assert found.config.tau_bf16 == found.results["tau_bf16"] > found.config.tau_uint4
+    assert found.config.model.startswith("llama of 2 layers")
+    points = json.loads(rows.read_text())
+    assert len(points) == 12
+    assert points[0]["params"] == pytest.approx({"bf16_share": 0.01, "uint4_share": 0.53})
+    assert run("fidelity", "--model", chat, *TINY, "--cache", out).exit_code == 0
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    """A folder with training problems of GSM8K."""
+    rows = [{"question": f"What is {n} + 1?", "answer": f"One more.\n#### {n + 1}"} for n in range(3)]
+    (tmp_path / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_thresholds_searched_on_right_answers(chat: Path, problems: Path, tmp_path: Path):
+    scored = ("--problems", 2, "--data-dir", problems, "--max-new-tokens", 3)
+    result = run("calibrate", "thresholds", tmp_path / "found.json", "--model", chat, *TINY, *scored, "--tries", 3)
+    assert result.exit_code == 0, result.output
+    found = Calibration.read(tmp_path / "found.json")
+    assert found.results["score"] == "wrong answers"
+    assert all(point["loss"] == 1 for point in found.results["front"])  # a random model, and three tokens
+    assert found.about["problems"] == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--widths", 4), r"--widths takes two or three of 8, 4, 2; got [4]"),
-        (("--widths", 3, "--widths", 2), "got [3, 2]"),
-        (("--bits", 2), "2 bits are below the floor of"),
-        (("--window", 200), "take at least 256 tokens"),
-        (("--tokens", 64), "plan_tokens is a whole number of tokens, at least residual_length (128)"),
+        (("kvtuner", "OUT", "--bits", 2.5), "2.5 bits are below the floor of 3.5"),
+        (("kvtuner", "OUT", "--tries", 0), "--tries 0: try at least one"),
+        (("kvtuner", "OUT", "--plot", "front.gif"), "a picture's name ends in .png or .svg"),
+        (("kvtuner", "OUT", "--window", 100), "take at least 256 tokens"),
+        (("kvtuner", "OUT", "--tries", 1, "--bits", 4), "None of 1 points that were tried takes at most 4 bits"),
+        (("thresholds", "OUT", "--bits", 2), "Choose bits between 2.14 and"),
+        (("thresholds", "OUT", "--bits", 2.3, "--tries", 0), "--tries 0: try at least one"),
+        (("thresholds", "OUT", "--bits", 2.001, "--bf16-share", 0, "--tries", 1), "None of 1 points that were tried"),
+        (("thresholds", "--trials", "trials"), "--trials is for a search, which writes a file"),
+        (("thresholds", "OUT", "--data-dir", "."), "say how many to score the search on with --problems"),
+        (("thresholds", "OUT", "--problems", 1, "--data-dir", "EMPTY"), "There is no gsm8k_train.jsonl in"),
+        (("thresholds", "OUT", "--problems", 0, "--data-dir", "PROBLEMS"), "0 problems: ask for at least one"),
+        (("thresholds", "OUT", "--problems", 1, "--data-dir", "UNANSWERED"), "is no problem: it takes an 'answer'"),
     ],
 )
-def test_bad_words_for_pm_kvq(chat: Path, tmp_path: Path, arguments: tuple, message: str):
-    shape = () if "--window" in arguments else ("--window", 300)
-    words = ("--model", chat, *shape, "--windows", 1, *arguments)
-    result = run("calibrate", "pm-kvq", tmp_path / "pm.json", *words)
-    assert result.exit_code != 0
+def test_searches_that_cannot_be_made(chat: Path, problems: Path, tmp_path: Path, arguments: tuple, message: str):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unanswered").mkdir()
+    (tmp_path / "unanswered" / "gsm8k_train.jsonl").write_text('{"question": "What is 1 + 1?"}\n')
+    places = {
+        "OUT": tmp_path / "found.json",
+        "EMPTY": tmp_path / "empty",
+        "PROBLEMS": problems,
+        "UNANSWERED": tmp_path / "unanswered",
+    }
+    command, *rest = (places.get(word, word) for word in arguments)
+    result = run("calibrate", command, "--model", chat, *TINY, *rest)
+    assert result.exit_code == 2, result.output
     assert message in said(result)
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "found.json").exists()
+
+
+@pytest.mark.parametrize("command", ["kvtuner", "thresholds"])
+def test_an_interrupted_search_says_what_is_left(
+    chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[f"mixkvq.cli.calibrate.{command}"], "search", interrupted)
+    words = ("calibrate", command, tmp_path / "found.json", "--model", chat, *TINY, "--trials", tmp_path / "trials")
+    result = run(*words)
+    assert result.exit_code == 130
+    assert "what was measured is in" in said(result)

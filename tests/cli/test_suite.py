@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from mixkvq.cli import app
 from mixkvq.config import all_presets
-from mixkvq.report.fidelity import pareto_front
+from mixkvq.evaluate.statistics import pareto_front
 
 
 def test_the_front_is_what_none_beats():

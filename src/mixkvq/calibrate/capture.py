@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mixkvq.adapters.transformers.attention import attention_forward
-from mixkvq.adapters.transformers.masks import build_mask
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.layers import quantized_layers
+from mixkvq.calibrate.observe import observed
 from mixkvq.kernels.partial import causal
-from mixkvq.models import attention
-
-NAME = "mixkvq_capture"
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,8 @@ def record(
     Raises:
         CalibrationError: the model has no gradients.
     """
-    with attention(model, NAME), _recording(bounds, quantized_layers(model)) as recording, torch.enable_grad():
+    recording = _Recording(bounds, quantized_layers(model))
+    with observed(model, recording), torch.enable_grad():
         logits = model(tokens[None], use_cache=False).logits[0, first:].float()
         steps = recording.steps
         inputs = [tensor for step in steps.values() for tensor in step.changes]
@@ -116,6 +113,8 @@ class _Step:
 
 
 class _Recording:
+    """An :class:`~mixkvq.calibrate.observe.Observer` that keeps what layers attended with."""
+
     def __init__(self, bounds: Sequence[tuple[int, int]], layers: Sequence[int]) -> None:
         self.bounds, self.layers = bounds, layers
         self.steps: dict[int, _Step] = {}
@@ -137,29 +136,3 @@ class _Recording:
             mask = causal(stop - start, stop, query.device)[None, None]
             outputs.append(attention_forward(module, query[:, :, start:stop], keys, values, mask, **options)[0])
         return torch.cat(outputs, 1)
-
-
-_current: _Recording | None = None
-
-
-@contextmanager
-def _recording(bounds: Sequence[tuple[int, int]], layers: Sequence[int]) -> Iterator[_Recording]:
-    global _current
-    _current = _Recording(bounds, layers)
-    try:
-        yield _current
-    finally:
-        _current = None
-
-
-def _capture(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    layer: Any = module.layer_idx
-    if _current is None or layer not in _current.layers:
-        return attention_forward(module, query, key, value, mask, **options)
-    return _current.attend(layer, module, query, key, value, options), None
-
-
-AttentionInterface.register(NAME, _capture)
-AttentionMaskInterface.register(NAME, build_mask)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mixkvq.calibrate.errors import MISSING, CalibrationError
+from mixkvq.config import MixKVQConfig
 
-Direction = Literal["minimize", "maximize"]
+
+def key_of(part: str, config: MixKVQConfig) -> str:
+    """A key of :meth:`Trials.once` for what a configuration does on some part of the data."""
+    return f"{part} {hashlib.sha256(config.to_json().encode()).hexdigest()[:16]}"
 
 
 class Trials:
@@ -18,20 +23,12 @@ class Trials:
     Args:
         path: of the journal; None keeps nothing.
         about: everything that the measurements depend on. A journal of other settings is refused.
-        directions: of the objectives, "minimize" or "maximize".
-        sampler: what proposes parameters.
 
     Raises:
         CalibrationError: Optuna is missing, or the journal is of something else.
     """
 
-    def __init__(
-        self,
-        path: Path | None,
-        about: dict[str, Any],
-        directions: Sequence[Direction] = ("minimize",),
-        sampler: Any = None,
-    ) -> None:
+    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
         try:
             import optuna
             from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -44,13 +41,7 @@ class Trials:
                 if path is not None:
                     lock = JournalFileOpenLock(str(path))
                     storage = optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-                self.study = optuna.create_study(
-                    storage=storage,
-                    sampler=sampler,
-                    study_name="mixkvq",
-                    directions=list(directions),
-                    load_if_exists=True,
-                )
+                self.study = optuna.create_study(storage=storage, study_name="mixkvq", load_if_exists=True)
         except (OSError, ValueError, KeyError) as error:
             raise CalibrationError(f"'{path}' cannot be used for trials: {error}") from error
         before = self.study.user_attrs.get("about")
@@ -72,5 +63,5 @@ class Trials:
         trial.set_user_attr("key", key)
         result = measure()
         trial.set_user_attr("result", result)
-        self.study.tell(trial, [0.0] * len(self.study.directions))
+        self.study.tell(trial, 0.0)
         return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +98,7 @@ def fidelity(
     windows: Tensor,
     caches: Mapping[str, MixKVQConfig],
     advance: Callable[[str], None] = lambda _: None,
+    references: Sequence[Tensor] | None = None,
 ) -> list[Fidelity]:
     """Compare caches with full precision on windows of text.
 
@@ -106,13 +107,14 @@ def fidelity(
         windows: ``[N, W]`` token numbers; every window is read from an empty cache.
         caches: configurations by the name to report.
         advance: called with a name after each cache (and ``"reference"``) has read a window.
+        references: :func:`reference_log_probs` of each window, if they are there already.
 
     Returns:
         One row a cache, by rising honest bits.
     """
     tallies = {name: _Tally() for name in caches}
-    for window in windows.to(model.device):
-        reference = reference_log_probs(model, window)
+    for at, window in enumerate(windows.to(model.device)):
+        reference = reference_log_probs(model, window) if references is None else references[at]
         advance("reference")
         with attention(model, NAME):
             for name, config in caches.items():

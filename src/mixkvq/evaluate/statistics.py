@@ -1,8 +1,9 @@
-"""How sure a share is, and whether two caches differ."""
+"""How sure a share is, whether two caches differ, and which of several none beats."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 from mixkvq.evaluate.errors import needed
@@ -26,3 +27,12 @@ def paired_p(better: int, worse: int) -> float:
     if better + worse == 0:
         return 1.0
     return float(needed("scipy.stats").binomtest(better, better + worse).pvalue)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Numbers of the points that none beats in both coordinates (smaller is better), by rising first coordinate."""
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if not front or points[i][1] < points[front[-1]][1]:
+            front.append(i)
+    return front

@@ -6,13 +6,14 @@ from mixkvq.policies.kitty import Kitty
 from mixkvq.policies.kivi import KIVI
 from mixkvq.policies.kvmix import KVmix
 from mixkvq.policies.kvquant import KVQuant
+from mixkvq.policies.kvtuner import KVTuner
 from mixkvq.policies.mixkvq import MixKVQ
 from mixkvq.policies.pm_kvq import PMKVQ
 from mixkvq.policies.rotate_kv import RotateKV
 
 #: Adding a policy is one file and one line here; the CLI, the fidelity table and the tests' matrix follow.
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (MixKVQ, KIVI, Kitty, KVmix, PMKVQ, RotateKV, KVQuant, BF16)
+    policy.name: policy for policy in (MixKVQ, KIVI, Kitty, KVmix, KVTuner, PMKVQ, RotateKV, KVQuant, BF16)
 }
 
 

@@ -6,21 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixkvq.bench import BF16
+from mixkvq.evaluate.statistics import pareto_front
 from mixkvq.report.figures import COLOURS, GREY, furnish, new_figure, slug
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Numbers of the points that none beats in both coordinates (smaller is better), by rising first coordinate."""
-    front: list[int] = []
-    for i in sorted(range(len(points)), key=lambda i: points[i]):
-        if not front or points[i][1] < points[front[-1]][1]:
-            front.append(i)
-    return front
+#: The axes that fidelity is drawn on.
+BITS = "honest bits per element"
+KL = "KL from full precision, nats per token"
+#: Points that can all have their names beside them.
+MAX_NAMES = 25
 
 
 def fidelity_figures(rows: Sequence[Row]) -> dict[str, Figure]:
@@ -45,16 +42,28 @@ def fidelity_figures(rows: Sequence[Row]) -> dict[str, Figure]:
 
 
 def _kl_over_bits(rows: Sequence[Row]) -> Figure:
+    points = {row["cache"]: (row["bits"], row["kl"]) for row in rows}
+    return front_figure(points, BITS, KL, log_y=True)
+
+
+def front_figure(points: Mapping[str, tuple[float, float]], x: str, y: str, *, log_y: bool) -> Figure:
+    """Points by name, those that none beats in both coordinates on a line; only these are named where there are many.
+
+    Raises:
+        PlotError: matplotlib is missing.
+    """
     figure = new_figure((7.6, 5.0))
     axes = figure.add_subplot()
-    points = [(row["bits"], row["kl"]) for row in rows]
-    front = pareto_front(points)
-    axes.plot(*zip(*(points[i] for i in front), strict=True), color=COLOURS[0], linewidth=1, label="Pareto front")
-    for i, (row, point) in enumerate(zip(rows, points, strict=True)):
-        axes.plot(*point, "o", color=COLOURS[0] if i in front else GREY, markersize=6)
-        axes.annotate(row["cache"], point, xytext=(6, 3), textcoords="offset points", fontsize=8)
-    axes.set_yscale("log")
+    names, places = list(points), list(points.values())
+    front = pareto_front(places)
+    axes.plot(*zip(*(places[i] for i in front), strict=True), color=COLOURS[0], linewidth=1, label="Pareto front")
+    for i, (name, place) in enumerate(zip(names, places, strict=True)):
+        axes.plot(*place, "o", color=COLOURS[0] if i in front else GREY, markersize=6)
+        if i in front or len(points) <= MAX_NAMES:
+            axes.annotate(name, place, xytext=(6, 3), textcoords="offset points", fontsize=8)
+    if log_y:
+        axes.set_yscale("log")
     axes.margins(x=0.15)
-    furnish(axes, "honest bits per element", "KL from full precision, nats per token")
+    furnish(axes, x, y)
     axes.legend(frameon=False, fontsize=9)
     return figure

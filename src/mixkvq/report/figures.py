@@ -46,14 +46,23 @@ def furnish(axes: Axes, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def check_format(path: Path) -> None:
+    """Complain about a name that does not end in one of :data:`FORMATS`.
+
+    Raises:
+        PlotError: it does not.
+    """
+    if path.suffix not in FORMATS:
+        raise PlotError(f"'{path}': a picture's name ends in {' or '.join(FORMATS)}.")
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as one of :data:`FORMATS`.
 
     Raises:
         PlotError: the name does not end in one of them.
     """
-    if path.suffix not in FORMATS:
-        raise PlotError(f"'{path}': a picture's name ends in {' or '.join(FORMATS)}.")
+    check_format(path)
     figure.savefig(path, **FORMATS[path.suffix])
 
 

@@ -8,12 +8,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from mixkvq.bench.decode import DecodeRow
+from mixkvq.calibrate.search import Point
 from mixkvq.config import MixKVQConfig, all_presets
 from mixkvq.evaluate.accuracy import Accuracy
 from mixkvq.evaluate.fidelity import Fidelity
 from mixkvq.evaluate.likelihood import LENGTHS, ChainFidelity
+from mixkvq.evaluate.statistics import pareto_front
 from mixkvq.layers.recipe import expected_bits, expected_kernel
-from mixkvq.report.fidelity import pareto_front
 from mixkvq.store import MemoryReport
 
 
@@ -81,6 +82,14 @@ def calibration_table(cache: str, uniform: Mapping[str, float], found: Mapping[s
     table = new_table("On text that was not calibrated on", "cache", "bits", "perpl.", "KL")
     for name, row in ((cache, uniform), ("calibrated", found)):
         table.add_row(name, f"{row['bits']:.2f}", f"{row['perplexity']:.3f}", f"{row['kl']:.4f}")
+    return table
+
+
+def front_table(title: str, what: str, points: Mapping[str, Point], loss: str) -> Table:
+    """Points of a search by name: bits, and what they lose."""
+    table = new_table(title, what, "bits", loss)
+    for name, point in points.items():
+        table.add_row(name, f"{point.bits:.2f}", f"{point.loss:.4f}")
     return table
 
 

@@ -12,8 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from mixkvq.calibrate.budget import Choice, Menu, Text, check_base, key_options, measure_menu, smallest, value_options
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.file import Calibration
+from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.trials import Trials
-from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, TrialsOption, check_window, held_out, kept, write
+from mixkvq.cli.calibrate.common import (
+    DtypeOption,
+    OutArgument,
+    TrialsOption,
+    check_window,
+    halves,
+    held_out,
+    kept,
+    write,
+)
 from mixkvq.cli.common import (
     CacheHelp,
     DeviceOption,
@@ -91,17 +101,13 @@ def budget(
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
         # Twice as many as asked for: on the second half it is checked what was found on the first.
         tokens = windows(tokenizer, text or [None], window, 2 * count)
-        if len(tokens) < 2:
-            raise CalibrationError(
-                f"The text has one window of {window} tokens, and two are needed: what is found on one is checked on "
-                "the other. Give a longer text, or a smaller --window."
-            )
+        searched, judged = halves(tokens)
         if merged is not None:
             network = merge_adapter(network, merged)
         bounds = measure.appends(window, base)
-        texts = [Text(f"window {i}", each, bounds, measure.WARM_UP) for i, each in enumerate(tokens[::2])]
+        texts = [Text(f"window {i}", each, bounds, measure.WARM_UP) for i, each in enumerate(searched)]
         texts += _chains(tokenizer, base, reasoner, len(texts) / max(reasoner, 1))
-        judged = tokens[1::2]
+        judge = Judge(network, judged, journal, "held out")
         with progress() as bar:
             task = bar.add_task("gradients", total=len(texts) * (1 + len(key_options(base))))
             menu = measure_menu(
@@ -112,13 +118,13 @@ def budget(
                 seed=seed,
                 advance=lambda what: bar.update(task, advance=1, description=what),
             )
-        plain = held_out(network, judged, journal, "uniform", base)
+        plain = held_out(judge, "uniform", base)
         choice, found = _search(
             menu,
             bits,
             kl,
             plain["bits"],
-            lambda name, it: held_out(network, judged, journal, name, it.config(base, network)),
+            lambda name, it: held_out(judge, name, it.config(base, network)),
         )
         results = {
             "uniform": plain,

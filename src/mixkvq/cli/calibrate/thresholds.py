@@ -3,50 +3,229 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.bench.environment import environment
-from mixkvq.calibrate.thresholds import thresholds_for_bits
-from mixkvq.cli.calibrate.common import DtypeOption
+from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate.examiner import Examiner
+from mixkvq.calibrate.file import Calibration
+from mixkvq.calibrate.judge import Judge
+from mixkvq.calibrate.search import Params, Point, best_within, front, search, tpe
+from mixkvq.calibrate.thresholds import Thresholds, at_shares, largest_shares, measured_saliences, uint4_share_for
+from mixkvq.calibrate.trials import Trials
+from mixkvq.cli.calibrate.common import (
+    DtypeOption,
+    PlotOption,
+    TrialsOption,
+    check_plot,
+    check_window,
+    draw_front,
+    halves,
+    held_out,
+    kept,
+    write,
+)
 from mixkvq.cli.common import (
     DeviceOption,
     JsonOption,
     ModelOption,
     TextOption,
-    WindowsOption,
     check_writable,
     clean_exit,
+    inputs,
     load_model,
     output,
     parse_dtype,
     progress,
     write_json,
 )
+from mixkvq.config import MixKVQConfig
+from mixkvq.evaluate.answers import Settings
+from mixkvq.evaluate.runner import Run
+from mixkvq.evaluate.tasks import Mathematics, Task
 from mixkvq.evaluate.texts import windows
 from mixkvq.models import DEFAULT_MODEL
+from mixkvq.report.fidelity import KL
+from mixkvq.report.tables import calibration_table, front_table
+
+#: Problems that accuracy is searched on; those of ``mixkvq eval gsm8k`` are to judge on.
+PROBLEMS = "gsm8k-train"
+#: The axes of a front.
+CODE_BITS, WRONG = "code bits of a key channel", "wrong answers"
 
 
 def thresholds(
-    bits: Annotated[float, typer.Option(help="Mean code bits of a key channel.")] = 2.3,
-    bf16_share: Annotated[float, typer.Option(help="Share of channels to leave in BF16.")] = 0.01,
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="Search, and write the best found to this file. Left out: quantiles alone."),
+    ] = None,
+    bits: Annotated[float, typer.Option(help="Mean code bits of a key channel; of what is searched, at most.")] = 2.3,
+    bf16_share: Annotated[
+        float, typer.Option(help="Share of channels to leave in BF16; a search starts there.")
+    ] = 0.01,
+    tries: Annotated[int, typer.Option(help="Thresholds to try in a search.")] = 30,
+    problems: Annotated[
+        int | None,
+        typer.Option(help="Score a search on so many training problems of GSM8K.", show_default="KL on text"),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="A folder with gsm8k_train.jsonl.", show_default="the Hugging Face hub")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Answers that are written together.")] = 32,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = None,
     text: TextOption = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    count: WindowsOption = 4,
+    count: Annotated[
+        int | None, typer.Option("--windows", help="Windows of each text.", show_default="4; 1 for a search")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    trials: TrialsOption = None,
+    plot: PlotOption = None,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Thresholds of the paper's tiers at which the `paper` cache spends the given bits, from quantiles of saliences."""
-    with clean_exit():
+    """Thresholds of the paper's tiers at which the `paper` cache spends the given bits.
+
+    Quantiles of the model's own saliences; with a file to write, the paper's search over such quantiles.
+    """
+    with clean_exit(), kept(trials):
         check_writable(json_file)
+        start = {"bf16_share": bf16_share, "uint4_share": uint4_share_for(bits, bf16_share)}
+        if count is None:
+            count = 4 if out is None else 1
+        if out is None:
+            _refuse(trials=trials, plot=plot, problems=problems, data_dir=data_dir)
+            network, tokenizer = load_model(model, parse_dtype(dtype), device)
+            found = at_shares(_saliences(network, windows(tokenizer, text or [None], window, count)), **start)
+            output.print(f"paper:tau_bf16={found.tau_bf16:.4g},tau_uint4={found.tau_uint4:.4g}", soft_wrap=True)
+            about = {"model": model or DEFAULT_MODEL, "bits": found.bits, **environment()}
+            write_json(json_file, {**dataclasses.asdict(found), **about})
+            return
+        check_writable(out)
+        check_plot(plot)
+        check_window(window)
+        if data_dir is not None and problems is None:
+            raise CalibrationError("--data-dir has problems: say how many to score the search on with --problems.")
+        task = None if problems is None else Mathematics(PROBLEMS, folder=data_dir, count=problems)
+        measured = {
+            **inputs(model, text),
+            "dtype": dtype,
+            "window": window,
+            "windows": count,
+            "problems": problems,
+            "max_new_tokens": max_new_tokens,
+        }
+        journal = Trials(trials, measured)
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
-        tokens = windows(tokenizer, text or [None], window, count)
-        with progress() as bar:
-            task = bar.add_task("reading", total=len(tokens))
-            found = thresholds_for_bits(network, tokens, bits, bf16_share, lambda: bar.advance(task))
-        output.print(f"paper:tau_bf16={found.tau_bf16:.4g},tau_uint4={found.tau_uint4:.4g}", soft_wrap=True)
-        about = {"model": model or DEFAULT_MODEL, "bits": found.bits, **environment()}
-        write_json(json_file, {**dataclasses.asdict(found), **about})
+        # As many again as asked for: on the second half it is checked what was found on the first.
+        searched, judged = halves(windows(tokenizer, text or [None], window, 2 * count))
+        ranked = _saliences(network, searched)
+        if task is None:
+            score = _by_text(network, searched, journal)
+        else:
+            settings = Settings(model or DEFAULT_MODEL, None, dtype, max_new_tokens, 0.0, 1.0, seed=0)
+            score = _by_answers(network, tokenizer, task, settings, batch, journal)
+        points = _search(network, ranked, score, largest_shares(bits), start, seed, tries)
+        label, axis = ("KL", KL) if task is None else (WRONG, WRONG)
+        _show(points, plot, label, axis, log_y=task is None)
+        best = best_within(points, bits)
+        judge = Judge(network, judged, journal, "held out")
+        found = at_shares(ranked, **best.params)
+        plain = held_out(judge, "quantiles", at_shares(ranked, **start).config(network))
+        tuned = held_out(judge, "what was found", found.config(network))
+        output.print(calibration_table("quantiles", plain, tuned))
+        write_json(json_file, [{**point.as_dict(), **measured, **environment()} for point in points])
+        results = {
+            **dataclasses.asdict(found),
+            "score": label,
+            "front": [point.as_dict() for point in front(points)],
+            "quantiles": plain,
+            "found": tuned,
+        }
+        about = {**measured, "bits": bits, "seed": seed, "tries": tries}
+        write(out, Calibration(found.config(network), "thresholds", about, results))
+
+
+def _refuse(**searching: Any) -> None:
+    """Complain about options that only a search has."""
+    for name, given in searching.items():
+        if given is not None:
+            raise CalibrationError(
+                f"--{name.replace('_', '-')} is for a search, which writes a file: give its name, as in mixkvq "
+                "calibrate thresholds found.json."
+            )
+
+
+def _saliences(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    with progress() as bar:
+        task = bar.add_task("reading", total=len(tokens))
+        return measured_saliences(model, tokens, lambda: bar.advance(task))
+
+
+#: Bits and loss of a configuration; thresholds know what they come to on the text that they are quantiles of.
+Score = Callable[[MixKVQConfig, Thresholds], tuple[float, float]]
+
+
+def _by_text(model: PreTrainedModel, tokens: Tensor, journal: Trials) -> Score:
+    judge = Judge(model, tokens, journal, "searched", keep=True)
+
+    def score(config: MixKVQConfig, _: Thresholds) -> tuple[float, float]:
+        row = judge(config)
+        return row["key_bits_codes"], row["kl"]
+
+    return score
+
+
+def _by_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    settings: Settings,
+    batch: int,
+    journal: Trials,
+) -> Score:
+    examiner = Examiner(Run(model, tokenizer, task, settings, batch=batch), journal)
+    return lambda config, found: (found.bits, 1 - examiner(config))
+
+
+def _search(
+    model: PreTrainedModel,
+    ranked: Tensor,
+    score: Score,
+    largest: dict[str, float],
+    start: Params,
+    seed: int,
+    tries: int,
+) -> list[Point]:
+    def measure(shares: Params) -> tuple[float, float]:
+        found = at_shares(ranked, **shares)
+        return score(found.config(model), found)
+
+    sampler = tpe(seed)
+    from optuna.distributions import FloatDistribution
+
+    space = {name: FloatDistribution(0, most) for name, most in largest.items()}
+    with progress() as bar:
+        task = bar.add_task("searching", total=tries)
+        return search(sampler, space, measure, tries, first=[start], advance=lambda: bar.advance(task))
+
+
+def _show(points: list[Point], plot: Path | None, label: str, axis: str, *, log_y: bool) -> None:
+    """The front as a table, and all points as a picture."""
+    title = (
+        f"Pareto front of {len(points)} points; shares of channels in BF16 and UINT4, and code bits of a key channel"
+    )
+    output.print(front_table(title, "shares", {_name(point): point for point in front(points)}, label))
+    draw_front(plot, {_name(point): (point.bits, point.loss) for point in points}, CODE_BITS, axis, log_y=log_y)
+
+
+def _name(point: Point) -> str:
+    return "{bf16_share:.2%}, {uint4_share:.1%}".format(**point.params)

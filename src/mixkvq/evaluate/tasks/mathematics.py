@@ -42,6 +42,9 @@ BENCHMARKS = {
     "gsm8k": Benchmark(
         "1,319 word problems of primary school", "gsm8k_test.jsonl", "openai/gsm8k", "main", "test", 2048, "####"
     ),
+    "gsm8k-train": Benchmark(
+        "7,473 more of them, to calibrate on", "gsm8k_train.jsonl", "openai/gsm8k", "main", "train", 2048, "####"
+    ),
     "math-500": Benchmark(
         "500 problems of competitions", "math500_test.jsonl", "HuggingFaceH4/MATH-500", None, "test", 8192
     ),

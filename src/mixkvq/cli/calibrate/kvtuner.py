@@ -1,0 +1,163 @@
+"""``mixkvq calibrate kvtuner``: KVTuner's search for each layer's pair of widths."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+from transformers import PreTrainedModel
+
+from mixkvq.calibrate.file import Calibration
+from mixkvq.calibrate.judge import Judge
+from mixkvq.calibrate.kvtuner import (
+    SIMILAR,
+    Cluster,
+    check_floor,
+    cluster_layers,
+    first_choices,
+    layer_fields,
+    mean_bits,
+    output_errors,
+)
+from mixkvq.calibrate.layers import with_layers
+from mixkvq.calibrate.search import Params, Point, best_within, front, nsga2, search
+from mixkvq.calibrate.trials import Trials
+from mixkvq.cli.calibrate.common import (
+    DtypeOption,
+    OutArgument,
+    PlotOption,
+    TrialsOption,
+    check_plot,
+    check_window,
+    draw_front,
+    halves,
+    held_out,
+    kept,
+    write,
+)
+from mixkvq.cli.common import (
+    DeviceOption,
+    ModelOption,
+    TextOption,
+    WindowsOption,
+    check_writable,
+    clean_exit,
+    inputs,
+    load_model,
+    output,
+    parse_dtype,
+    progress,
+)
+from mixkvq.config import MixKVQConfig
+from mixkvq.evaluate.texts import windows
+from mixkvq.policies.kvtuner import PAIRS
+from mixkvq.report.fidelity import BITS, KL
+from mixkvq.report.tables import calibration_table, front_table
+
+#: Trials of a generation.
+POPULATION = 16
+
+
+def kvtuner(
+    out: OutArgument,
+    bits: Annotated[float, typer.Option(help="Mean honest bits of what is written, at most.")] = 4.25,
+    tries: Annotated[int, typer.Option(help="Configurations to try.")] = 100,
+    text: TextOption = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    count: WindowsOption = 1,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    trials: TrialsOption = None,
+    plot: PlotOption = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+) -> None:
+    """KVTuner's search: pairs of key and value bits for clusters of layers, by NSGA-II."""
+    with clean_exit(), kept(trials):
+        check_writable(out)
+        check_plot(plot)
+        check_window(window)
+        base = MixKVQConfig.preset("kvtuner")
+        measured = {**inputs(model, text), "dtype": dtype, "window": window, "windows": count}
+        journal = Trials(trials, measured)
+        network, tokenizer = load_model(model, parse_dtype(dtype), device)
+        # Twice as many as asked for: on the second half it is checked what was found on the first.
+        searched, judged = halves(windows(tokenizer, text or [None], window, 2 * count))
+        with progress() as bar:
+            task = bar.add_task("errors of single layers", total=len(searched))
+            errors = output_errors(network, searched, base, lambda: bar.advance(task))
+        check_floor(errors, bits)
+        clusters = cluster_layers(errors)
+        judge = Judge(network, searched, journal, "searched", keep=True)
+        first = first_choices(clusters, mean_bits(errors), bits)
+        points = _search(network, base, clusters, judge, first, seed, tries)
+        found = best_within(points, bits)
+        names = {_name(point): (point.bits, point.loss) for point in points}
+        output.print(_clusters_line(clusters))
+        output.print(front_table("Pareto front", "pairs of the clusters", {_name(p): p for p in front(points)}, "KL"))
+        draw_front(plot, names, BITS, KL, log_y=True)
+        config = _config(network, base, clusters, found.params)
+        judge = Judge(network, judged, journal, "held out")
+        plain, tuned = held_out(judge, "uniform", base), held_out(judge, "what was found", config)
+        output.print(calibration_table("kvtuner", plain, tuned))
+        results = {
+            "pairs": PAIRS,
+            "layers": {layer: dataclasses.asdict(each) for layer, each in errors.items()},
+            "clusters": [dataclasses.asdict(cluster) for cluster in clusters],
+            "front": [point.as_dict() for point in front(points)],
+            "uniform": plain,
+            "found": tuned,
+        }
+        search_of = {"bits": bits, "tries": tries, "seed": seed, "population": POPULATION, "similar": SIMILAR}
+        write(out, Calibration(config, "kvtuner", {**measured, **search_of}, results))
+
+
+def _search(
+    model: PreTrainedModel,
+    base: MixKVQConfig,
+    clusters: list[Cluster],
+    judge: Judge,
+    first: list[tuple[int, ...]],
+    seed: int,
+    tries: int,
+) -> list[Point]:
+    def measure(params: Params) -> tuple[float, float]:
+        row = judge(_config(model, base, clusters, params))
+        return row["bits"], row["kl"]
+
+    sampler = nsga2(seed, POPULATION)
+    with progress() as bar:
+        task = bar.add_task("searching", total=tries)
+        return search(
+            sampler,
+            _space(clusters),
+            measure,
+            tries,
+            first=map(_params, first),
+            advance=lambda: bar.advance(task),
+        )
+
+
+def _space(clusters: list[Cluster]) -> dict[str, Any]:
+    from optuna.distributions import CategoricalDistribution
+
+    return {f"cluster {i}": CategoricalDistribution(list(cluster.pairs)) for i, cluster in enumerate(clusters)}
+
+
+def _params(choice: tuple[int, ...]) -> dict[str, int]:
+    return {f"cluster {i}": pair for i, pair in enumerate(choice)}
+
+
+def _config(model: PreTrainedModel, base: MixKVQConfig, clusters: list[Cluster], params: Params) -> MixKVQConfig:
+    chosen = [params[f"cluster {i}"] for i in range(len(clusters))]
+    return with_layers(base, layer_fields(clusters, chosen), model)
+
+
+def _name(point: Point) -> str:
+    """Pairs as the paper writes them: 8/4 4/4 2/2."""
+    return " ".join("{}/{}".format(*PAIRS[pair]) for pair in point.params.values())
+
+
+def _clusters_line(clusters: list[Cluster]) -> str:
+    return "; ".join(f"cluster {i}: layers {', '.join(map(str, cluster.layers))}" for i, cluster in enumerate(clusters))
