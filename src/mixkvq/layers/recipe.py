@@ -55,6 +55,10 @@ class Recipe:
         """The recipe for layers of the given shape, in a model of the given type."""
         if config.layers:
             raise ConfigError("This takes the settings of one layer, and the configuration has settings by layer.")
+        if policy.evicts:
+            raise ConfigError(
+                f"The {policy.name} policy evicts tokens, and pages keep all of them: use MixKVQCache, or another policy."
+            )
         return cls(config, policy, page_layout(config, policy, kv_heads, key_dim, value_dim, dtype))
 
     @property
@@ -242,13 +246,18 @@ class Recipe:
 def expected_bits(
     config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[float, float, bool]:
-    """Honest bits per packed key and value element, as the page format has them.
+    """Honest bits per packed key and value element, as the page format has them; with eviction, of whole blocks.
 
     Returns:
         key bits, value bits, and whether these are final: a policy with thresholds promotes channels by the data, and
         key bits are then those without any.
     """
     policy = policy_class(config.policy)(config)
+    if policy.evicts:
+        bits = config.key_bits
+        if bits != DENSE_BITS:
+            bits += 8 * config.param_dtype.itemsize / config.key_group
+        return bits, bits, True
     layout = page_layout(config, policy, kv_heads, head_dim, head_dim, dtype)
     promoted = policy.promoted_channels(kv_heads, head_dim)
     page = MemoryReport(layout.part_bytes(promoted or {}))

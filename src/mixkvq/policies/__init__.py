@@ -2,13 +2,18 @@
 
 from mixkvq.policies.base import KeyBlock, PlanRule, Policy
 from mixkvq.policies.bf16 import BF16
+from mixkvq.policies.conf_kv import ConfKV
+from mixkvq.policies.evicting import EvictingPolicy
 from mixkvq.policies.kitty import Kitty
 from mixkvq.policies.kivi import KIVI
 from mixkvq.policies.kvmix import KVmix
 from mixkvq.policies.mixkvq import MixKVQ
+from mixkvq.policies.window import Window
 
 #: Adding a policy is one file and one line here; the CLI, the fidelity table and the tests' matrix follow.
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (MixKVQ, KIVI, Kitty, KVmix, BF16)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (MixKVQ, KIVI, Kitty, KVmix, ConfKV, Window, BF16)
+}
 
 
 def policy_class(name: str) -> type[Policy]:
@@ -24,4 +29,4 @@ def policy_class(name: str) -> type[Policy]:
     return POLICIES[name]
 
 
-__all__ = ["POLICIES", "KeyBlock", "PlanRule", "Policy", "policy_class"]
+__all__ = ["POLICIES", "EvictingPolicy", "KeyBlock", "PlanRule", "Policy", "policy_class"]
