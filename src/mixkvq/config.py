@@ -172,9 +172,8 @@ class MixKVQConfig:
             value = getattr(self, field)
             _require(isinstance(value, (int, float)) and 0 <= value <= 1, f"{field} lies between 0 and 1", self, field)
         decay = self.keep_decay
-        _require(
-            isinstance(decay, (int, float)) and 0 < decay <= 1, "keep_decay is above 0 and at most 1", self, "keep_decay"
-        )
+        valid = isinstance(decay, (int, float)) and 0 < decay <= 1
+        _require(valid, "keep_decay is above 0 and at most 1", self, "keep_decay")
         whole = isinstance(self.protected, int) and not isinstance(self.protected, bool) and self.protected >= 1
         _require(whole, "protected is a whole number of tokens, at least 1", self, "protected")
         given = self.keep is not None or self.keep_confident is not None or decay != 1

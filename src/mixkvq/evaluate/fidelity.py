@@ -64,6 +64,11 @@ class Fidelity:
     top1_agreement: float
     tokens: int
 
+    @property
+    def counts_all(self) -> bool:
+        """Whether :attr:`size_bits` are the bits held."""
+        return self.size_bits != self.bits
+
     def as_dict(self) -> dict[str, float | int | str]:
         """Fields by name, for JSON."""
         return dataclasses.asdict(self)

@@ -211,7 +211,7 @@ class Run:
             **PLAIN,
         )
         memory = cache.memory()
-        bits = memory.bits if memory.packed_keys else None
+        bits = memory.size_bits if memory.packed_keys or memory.evicted else None
         rows = out[:, ids.shape[1] :].tolist()
         return [self._cut(row, item.limit, bits) for row, item in zip(rows, batch, strict=True)]
 

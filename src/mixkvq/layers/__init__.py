@@ -1,7 +1,7 @@
 """Policy, quantizer, store and kernels put together, free of any framework: the cache of a layer, or of all layers.
 
-A :class:`LayerCache` grows with its tokens, an :class:`EvictingCache` up to a number of them. A :class:`ModelCache` holds all layers in tensors of a fixed size, as CUDA
-graphs want them.
+A :class:`LayerCache` grows with its tokens, an :class:`EvictingCache` up to a number of them. A :class:`ModelCache`
+holds all layers in tensors of a fixed size, as CUDA graphs want them.
 """
 
 from mixkvq.config import MixKVQConfig

@@ -57,7 +57,7 @@ class Recipe:
             raise ConfigError("This takes the settings of one layer, and the configuration has settings by layer.")
         if policy.evicts:
             raise ConfigError(
-                f"The {policy.name} policy evicts tokens, and pages keep all of them: use MixKVQCache, or another policy."
+                f"The {policy.name} policy evicts tokens, and pages keep all: use MixKVQCache, or another policy."
             )
         return cls(config, policy, page_layout(config, policy, kv_heads, key_dim, value_dim, dtype))
 
@@ -254,7 +254,7 @@ def expected_bits(
     """
     policy = policy_class(config.policy)(config)
     if policy.evicts:
-        bits = config.key_bits
+        bits = float(config.key_bits)
         if bits != DENSE_BITS:
             bits += 8 * config.param_dtype.itemsize / config.key_group
         return bits, bits, True

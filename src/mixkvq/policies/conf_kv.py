@@ -85,7 +85,7 @@ class ConfKV(EvictingPolicy):
         return super().budget(confidence)
 
     def rank(self, steps: Tensor, mass: Tensor | None, free: Tensor) -> Tensor:
-        """``alpha * a + (1 - alpha) * r``, with attention mass ``a`` and step ``r`` from 0 to 1 over the free tokens."""
+        """``alpha * a + (1 - alpha) * r``: attention mass ``a`` and step ``r``, from 0 to 1 over the free tokens."""
         assert mass is not None
         share = self.config.mass_share
         return share * normalised(mass, free) + (1 - share) * normalised(steps.float(), free)

@@ -31,7 +31,7 @@ class Window(EvictingPolicy):
     def check(cls, config: MixKVQConfig) -> None:
         super().check(config)
         if config.keep_confident is not None or config.keep_decay != 1:
-            raise ConfigError("The window policy keeps as many tokens at every step and in every layer: give keep alone.")
+            raise ConfigError("The window policy keeps as many tokens in every layer, at every step: give keep alone.")
 
     def rank(self, steps: Tensor, mass: Tensor | None, free: Tensor) -> Tensor:
         return steps.float()

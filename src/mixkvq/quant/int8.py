@@ -1,4 +1,7 @@
-"""Symmetric INT8, as CONF-KV stores tokens outside its window: ``scale = max|x| / 127``, ``code = round(x / scale)``."""
+"""Symmetric INT8, as CONF-KV (arXiv 2605.24786) stores tokens outside its window.
+
+``scale = max|x| / 127``, ``code = round(x / scale)``.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def fidelity_figures(rows: Sequence[Row]) -> dict[str, Figure]:
 def _kl_over_bits(rows: Sequence[Row]) -> Figure:
     figure = new_figure((7.6, 5.0))
     axes = figure.add_subplot()
-    points = [(row["bits"], row["kl"]) for row in rows]
+    points = [(row.get("size_bits", row["bits"]), row["kl"]) for row in rows]  # older rows have no size_bits
     front = pareto_front(points)
     axes.plot(*zip(*(points[i] for i in front), strict=True), color=COLOURS[0], linewidth=1, label="Pareto front")
     for i, (row, point) in enumerate(zip(rows, points, strict=True)):

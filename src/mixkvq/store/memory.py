@@ -97,10 +97,10 @@ class MemoryReport:
 
     @property
     def size_bits(self) -> float:
-        """What caches are compared by: :attr:`bits`, or :attr:`bits_held` of a cache that has evicted tokens, as what
-        it packs is not what it has seen.
+        """What caches are compared by: :attr:`bits`, or :attr:`bits_held` where tokens were evicted, or none packed:
+        then what is packed says nothing of the tokens seen.
         """
-        return self.bits_held if self.evicted else self.bits
+        return self.bits_held if self.evicted or not self.packed_keys else self.bits
 
 
 def packed_report(layout: PageLayout, pages: int, promoted: dict[int, int]) -> MemoryReport:

@@ -99,7 +99,7 @@ class MixKVQCache(Cache):
     def observe(self, logits: Tensor) -> None:
         """Tell a cache that follows the model's confidence what the model said after the last forward pass's tokens.
 
-        ``generate`` does it by :func:`~mixkvq.adapters.transformers.confidence.confidence_processors`. Without it, every step counts as one without confidence.
+        In ``generate`` :func:`mixkvq.confidence_processors` does it. Without it, no step counts as confident.
 
         Args:
             logits: ``[B, n, V]`` of the pass's last n tokens. A pass of which not every token has logits is a prompt,

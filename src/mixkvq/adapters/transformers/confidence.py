@@ -28,5 +28,7 @@ def confidence_processors(cache: Cache) -> LogitsProcessorList:
     Logits are taken before temperature, top-k and the like, and after a repetition penalty. With beams, each beam is a
     sequence of its own.
     """
-    follows = isinstance(cache, MixKVQCache) and cache.uses_confidence
-    return LogitsProcessorList([ConfidenceProcessor(cache)] if follows else [])
+    processors = LogitsProcessorList()
+    if isinstance(cache, MixKVQCache) and cache.uses_confidence:
+        processors.append(ConfidenceProcessor(cache))
+    return processors

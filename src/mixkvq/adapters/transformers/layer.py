@@ -76,8 +76,9 @@ class MixKVQLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         if self.policy.evicts:
             raise NotImplementedError(
-                f"Assisted decoding and prompt lookup take tokens back, and the {self.policy.name} policy evicts others "
-                "for them at once. Generate without, or use a cache that keeps all tokens, such as 'default'."
+                "Assisted decoding and prompt lookup take tokens back, and the "
+                f"{self.policy.name} policy has evicted others for them. Generate without, or use a cache that keeps "
+                "all tokens, such as 'default'."
             )
         self.record_past = True
 
