@@ -27,7 +27,8 @@ def evicts(preset: str) -> bool:
     return policy_class(MixKVQConfig.preset(preset).policy).evicts
 
 
-#: Every preset that keeps all tokens, and overrides that reach what no preset does: both thresholds crossed, odd widths, small blocks.
+#: Every preset that keeps all tokens, and overrides that reach what no preset does: both thresholds crossed, odd
+#: widths, small blocks.
 CONFIGS = [
     *(name for name in all_presets() if not name.startswith("paper-") and not evicts(name)),
     "paper:tau_bf16=2.2,tau_uint4=1.2",

@@ -90,9 +90,13 @@ def test_bytes_by_hand_and_given_back():
     one.rows[0] = filled(30)[0].pack(0, 8, 4)
     report = one.memory()
     assert report.parts == {
-        **{"key codes": 20 * HEADS * DIM, "value codes": 20 * HEADS * DIM},  # a byte each
-        **{"key scales": 5 * HEADS * DIM * 2, "value scales": 5 * HEADS * DIM * 2},
-        **{"residual": 10 * TOKEN * 4, "statistics": 30 * 4, "tables": 30 * 4 + 20 * 4},
+        "key codes": 20 * HEADS * DIM,
+        "value codes": 20 * HEADS * DIM,  # a byte each
+        "key scales": 5 * HEADS * DIM * 2,
+        "value scales": 5 * HEADS * DIM * 2,
+        "residual": 10 * TOKEN * 4,
+        "statistics": 30 * 4,
+        "tables": 30 * 4 + 20 * 4,
     }
     assert (report.elements, report.evicted) == (30 * TOKEN, 0)
     assert report.size_bits == report.bits == 8 + 16 / 4
