@@ -13,5 +13,7 @@ def caches() -> None:
     output.print(
         "Any field can be overridden: --cache default:budget=3 or paper:tau_bf16=1.44,tau_uint4=0.79. "
         f"Calibrations for SmolLM2-135M-Instruct come with the package: {', '.join(shipped())} (docs/calibration.md). "
-        "'from' marks thresholds: what they promote depends on the model and the text."
+        "'from' marks thresholds: what they promote depends on the model and the text. 'conf-kv', 'conf-kv-l' and "
+        "'window-512' evict tokens: bits are of those that are packed. They are served by plain torch operations, on a "
+        "GPU too, and by no kernel (docs/conf_kv.md)."
     )
