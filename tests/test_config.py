@@ -24,13 +24,16 @@ def test_overrides_as_the_command_line_writes_them():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("papper", r"no preset 'papper'. Did you mean 'paper'\? Known: bf16, default, kitty"),
+        ("papper", r"no preset 'papper'. Did you mean 'paper'\? Known: bf16, conf-kv, conf-kv-l, default, kitty"),
         ("default:budgte=3", r"no field 'budgte'. Did you mean 'budget'\? Known: budget, "),
         ("default:budget", "not of the form field=value"),
         ("default:budget=high", "budget is a number, not 'high'"),
         ("default:sinks=1.5", "sinks is a number, not '1.5'"),
         ("default:debug=maybe", "debug is true or false, not 'maybe'"),
-        ("default:policy=kiwi", "no policy 'kiwi'. Known: bf16, kitty, kivi, kvmix, kvquant, kvtuner, mixkvq, pm_kvq"),
+        (
+            "default:policy=kiwi",
+            "no policy 'kiwi'. Known: bf16, conf-kv, kitty, kivi, kvmix, kvquant, kvtuner, mixkvq, pm-kvq",
+        ),
         ("default:key_group=48", r"key_group divides residual_length \(128\); key_group=48 was given"),
         ("default:key_group=0", "key_group divides"),
         ("kivi-2:key_axis=token,key_group=0", "key_group is at least 1"),

@@ -3,7 +3,13 @@
 Importing this package registers ``attn_implementation="mixkvq"``.
 """
 
-from mixkvq.adapters.transformers import MixKVQCache, MixKVQStaticCache, UnsupportedModelError, register
+from mixkvq.adapters.transformers import (
+    MixKVQCache,
+    MixKVQStaticCache,
+    UnsupportedModelError,
+    confidence_processors,
+    register,
+)
 from mixkvq.config import ConfigError, MixKVQConfig, all_presets
 from mixkvq.store.books import CacheFullError
 from mixkvq.store.memory import MemoryReport
@@ -18,6 +24,7 @@ __all__ = [
     "MixKVQStaticCache",
     "UnsupportedModelError",
     "all_presets",
+    "confidence_processors",
 ]
 
 register()

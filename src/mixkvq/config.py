@@ -78,7 +78,13 @@ class MixKVQConfig:
         budget_scope: "layer" ranks the channels of all KV heads of a layer together, "head" each head's own.
         salience: "query" is the paper's ``I_d * S_d``; "error" leaves out the query (its ablation).
         plan_tokens: the length of a sequence at which a cache that narrows as it grows has come to its ``key_bits`` and
-            ``value_bits``; it holds no more tokens. For the "pm_kvq" policy.
+            ``value_bits``; it holds no more tokens. For the "pm-kvq" policy.
+        keep: tokens that a layer keeps of each sequence, for policies that evict the others ("conf-kv", "window").
+        keep_confident: the same after a step that the model was confident in ("conf-kv").
+        keep_decay: "conf-kv" keeps ``keep_decay^(l / L)`` of these in layer ``l`` of ``L``; 1 is as many in all.
+        confidence: from here on a step counts as confident.
+        protected: so many of the newest tokens are never evicted ("conf-kv").
+        mass_share: what the attention that a token gets counts for in its rank; how new it is counts for the rest.
         scale_dtype: type that scales and zeros are stored in.
         debug: check keys and values for NaN and infinity, and masks for hidden past tokens, at every step.
         layers: what differs in each layer of the model, as a mapping of fields for every one of them, such as
@@ -112,12 +118,20 @@ class MixKVQConfig:
     budget_scope: Literal["layer", "head"] = "layer"
     salience: Literal["query", "error"] = "query"
     plan_tokens: int | None = None
+    keep: int | None = None
+    keep_confident: int | None = None
+    keep_decay: float = 1.0
+    confidence: float = 0.7
+    protected: int = 64
+    mass_share: float = 0.65
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     debug: bool = False
     layers: tuple[LayerFields, ...] = ()
     model: str | None = None
 
     def __post_init__(self) -> None:
+        from mixkvq.policies import policy_class
+
         for field in ("residual_length", "sinks", "key_bits", "key_group", "value_bits", "value_group"):
             value = getattr(self, field)
             _require(isinstance(value, int) and not isinstance(value, bool), f"{field} is a whole number", self, field)
@@ -168,8 +182,7 @@ class MixKVQConfig:
                     "budget and thresholds (tau_uint4, tau_bf16) are two ways to plan the same tiers: give one. "
                     "To switch a preset over, set the other to none."
                 )
-        from mixkvq.policies import policy_class
-
+        self._check_eviction()
         policy_class(self.policy).check(self)
         promoted_bits = policy_class(self.policy)(self).promoted_bits
         self._check_key_axis(promoted_bits)
@@ -230,6 +243,28 @@ class MixKVQConfig:
             raise ConfigError(f"{field} takes a policy that promotes no channels, unlike {self.policy}.")
         if field and self.key_feedback is not None:
             raise ConfigError(f"{field} takes keys that are rounded each for itself: set key_feedback to none.")
+
+    def _check_eviction(self) -> None:
+        from mixkvq.policies import policy_class
+
+        for field in ("keep", "keep_confident"):
+            value = getattr(self, field)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            _require(value is None or whole, f"{field} is a whole number of tokens, at least 1, or none", self, field)
+        for field in ("confidence", "mass_share"):
+            value = getattr(self, field)
+            _require(isinstance(value, (int, float)) and 0 <= value <= 1, f"{field} lies between 0 and 1", self, field)
+        decay = self.keep_decay
+        valid = isinstance(decay, (int, float)) and 0 < decay <= 1
+        _require(valid, "keep_decay is above 0 and at most 1", self, "keep_decay")
+        whole = isinstance(self.protected, int) and not isinstance(self.protected, bool) and self.protected >= 1
+        _require(whole, "protected is a whole number of tokens, at least 1", self, "protected")
+        given = self.keep is not None or self.keep_confident is not None or decay != 1
+        if given and not policy_class(self.policy).evicts:
+            raise ConfigError(
+                f"The {self.policy} policy keeps all tokens: leave keep, keep_confident and keep_decay out, or use a "
+                "preset like 'conf-kv' or 'window-512'."
+            )
 
     def _checked_layers(self) -> tuple[LayerFields, ...]:
         """:attr:`layers` as sorted pairs, each of which makes a valid configuration."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from mixkvq.adapters.transformers import NAME, MixKVQCache, MixKVQStaticCache
+from mixkvq.adapters.transformers import NAME, MixKVQCache, MixKVQStaticCache, confidence_processors
 from mixkvq.models import attention
 
 
@@ -83,6 +83,7 @@ def generate_text(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
+            logits_processor=confidence_processors(cache),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=streamer,

@@ -18,7 +18,8 @@ from mixkvq.cli import app
 from models import VOCABULARY, tiny_model
 
 ROW = [
-    *("cache", "key_bits_codes", "key_bits", "value_bits_codes", "value_bits", "bits", "bytes_held"),
+    *("cache", "key_bits_codes", "key_bits", "value_bits_codes", "value_bits", "bits", "bits_held"),
+    *("size_bits", "bytes_held"),
     *("perplexity", "reference_perplexity", "kl", "top1_agreement", "tokens"),
 ]
 

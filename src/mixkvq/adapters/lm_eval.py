@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mixkvq.adapters.transformers import NAME, MixKVQCache, MixKVQStaticCache
+from mixkvq.adapters.transformers import NAME, MixKVQCache, MixKVQStaticCache, confidence_processors
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate.likelihood import pieces
 from mixkvq.evaluate.runner import fixed_cache
@@ -62,7 +62,8 @@ class MixKVQLM(HFLM):
         """As in ``hf``, with the cache."""
         cache = self._cache(context.shape[0], max_length)
         try:
-            return super()._model_generate(context, max_length, stop, past_key_values=cache, **generation_kwargs)
+            given = {"past_key_values": cache, "logits_processor": confidence_processors(cache), **generation_kwargs}
+            return super()._model_generate(context, max_length, stop, **given)
         finally:
             cache.reset()
 
@@ -102,7 +103,9 @@ class MixKVQLM(HFLM):
         for start, stop in pieces(begin, fed, self.cache_config):
             if start == stop:
                 continue
-            logits = self.model(tokens[None, start:stop], past_key_values=cache, use_cache=True).logits[0]
+            output = self.model(tokens[None, start:stop], past_key_values=cache, use_cache=True)
+            cache.observe(output.logits)
+            logits = output.logits[0]
             first = max(start, begin)
             if first < stop:
                 predicted, targets = F.log_softmax(logits[first - start :].float(), -1), tokens[first + 1 : stop + 1]

@@ -16,4 +16,5 @@ def caches() -> None:
         "'from' marks thresholds: what they promote depends on the model and the text. "
         "GPU is the kernel that attention takes there (docs/kernels.md); torch means that no kernel serves the cache: "
         "it works on a GPU, much slower, and MixKVQStaticCache refuses it there."
+        " Caches that evict have bits for the tokens that they keep (docs/conf_kv.md)."
     )

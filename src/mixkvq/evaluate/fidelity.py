@@ -2,6 +2,10 @@
 
 The real cache is fed in appends of R tokens. A query then sees its own block in full precision and every earlier
 block packed, which is exactly what it would see when the text was decoded token by token from an empty cache.
+
+A cache that evicts is fed in appends of :data:`EVICTED_TOGETHER` tokens, for it cuts to its budget after every one: a
+query sees at most so many tokens more than when decoding. It is told the model's confidence at every token, from the
+logits of the pass itself, and then holds as many tokens as after steps of one token each.
 """
 
 from __future__ import annotations
@@ -19,8 +23,11 @@ from transformers import PreTrainedModel
 from mixkvq.adapters.transformers import NAME, MixKVQCache
 from mixkvq.config import MixKVQConfig
 from mixkvq.models import attention
+from mixkvq.policies import policy_class
 from mixkvq.store import MemoryReport
 
+#: Tokens that an evicting cache is fed at once.
+EVICTED_TOGETHER = 16
 #: Tokens at the start of a window that are not scored: before the first flush every cache is exact.
 WARM_UP = 128
 
@@ -33,6 +40,8 @@ class Fidelity:
         cache: the preset as it was given.
         key_bits_codes, value_bits_codes: bits of the codes alone.
         key_bits, value_bits, bits: honest bits, with scales, zeros and tier index.
+        bits_held: everything that was held, over the elements of all tokens seen.
+        size_bits: what caches are compared by: :attr:`MemoryReport.size_bits`.
         bytes_held: everything the cache held at the end of a window, mean over windows.
         perplexity, reference_perplexity: of the same tokens, with the cache and in full precision.
         kl: mean ``KL(full precision || cached)``.
@@ -46,12 +55,19 @@ class Fidelity:
     value_bits_codes: float
     value_bits: float
     bits: float
+    bits_held: float
+    size_bits: float
     bytes_held: int
     perplexity: float
     reference_perplexity: float
     kl: float
     top1_agreement: float
     tokens: int
+
+    @property
+    def counts_all(self) -> bool:
+        """Whether :attr:`size_bits` are the bits held."""
+        return self.size_bits != self.bits
 
     def as_dict(self) -> dict[str, float | int | str]:
         """Fields by name, for JSON."""
@@ -84,6 +100,8 @@ class _Tally:
             value_bits_codes=memory.value_bits_codes,
             value_bits=memory.value_bits,
             bits=memory.bits,
+            bits_held=memory.bits_held,
+            size_bits=memory.size_bits,
             bytes_held=memory.total // self.windows,
             perplexity=math.exp(self.loss / self.tokens),
             reference_perplexity=math.exp(self.reference_loss / self.tokens),
@@ -110,7 +128,7 @@ def fidelity(
         references: :func:`reference_log_probs` of each window, if they are there already.
 
     Returns:
-        One row a cache, by rising honest bits.
+        One row a cache, by rising size in bits.
     """
     tallies = {name: _Tally() for name in caches}
     for at, window in enumerate(windows.to(model.device)):
@@ -120,7 +138,7 @@ def fidelity(
             for name, config in caches.items():
                 _read_window(model, window, reference, config, tallies[name])
                 advance(name)
-    return sorted((tally.row(name) for name, tally in tallies.items()), key=lambda row: row.bits)
+    return sorted((tally.row(name) for name, tally in tallies.items()), key=lambda row: row.size_bits)
 
 
 @torch.inference_mode()
@@ -133,9 +151,10 @@ def reference_log_probs(model: PreTrainedModel, window: Tensor) -> Tensor:
 
 def appends(length: int, config: MixKVQConfig) -> list[tuple[int, int]]:
     """Bounds of the appends that a text is fed in: the sinks with the first block, then block by block."""
+    size = EVICTED_TOGETHER if policy_class(config.policy).evicts else config.residual_length
     bounds, start = [], 0
     while start < length:
-        stop = start + config.residual_length + (config.sinks if start == 0 else 0)
+        stop = start + size + (config.sinks if start == 0 else 0)
         bounds.append((start, min(stop, length)))
         start = stop
     return bounds
@@ -147,7 +166,9 @@ def _read_window(
 ) -> None:
     cache = MixKVQCache(model.config, config)
     for start, stop in appends(len(window), config):
-        logits = model(window[None, start:stop], past_key_values=cache, use_cache=True).logits[0]
+        output = model(window[None, start:stop], past_key_values=cache, use_cache=True)
+        cache.observe(output.logits)
+        logits = output.logits[0]
         first, last = max(start, WARM_UP), min(stop, len(window) - 1)
         if first < last:
             tally.add(reference[first:last], logits[first - start : last - start], window[first + 1 : last + 1])

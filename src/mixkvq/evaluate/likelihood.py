@@ -52,7 +52,7 @@ class ChainFidelity:
 
     Attributes:
         cache: the preset as it was given.
-        bits: honest bits per element of the packed tokens.
+        bits: honest bits per element of the packed tokens; :attr:`MemoryReport.size_bits`.
         nats_per_chain, nats_per_token: mean negative log-likelihood.
         median: of the chains' nats, which a few chains that break altogether do not move.
         exact: share of chains that greedy decoding writes without a mistake.
@@ -117,7 +117,7 @@ def chain_fidelity(
                 scores[name].append(score)
                 memory[name] += held
                 advance(name)
-    rows = [ChainFidelity.of(name, memory[name].bits, scores[name]) for name in caches]
+    rows = [ChainFidelity.of(name, memory[name].size_bits, scores[name]) for name in caches]
     return sorted(rows, key=lambda row: row.bits)
 
 
@@ -130,7 +130,9 @@ def score_chain(model: PreTrainedModel, chain: Chain, config: MixKVQConfig) -> t
     for start, stop in pieces(chain.prompt, len(tokens) - 1, config):
         first = max(start, chain.prompt - 1)
         given: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "logits_to_keep": stop - first}
-        logits = model(tokens[None, start:stop], **given).logits[0]
+        output = model(tokens[None, start:stop], **given)
+        cache.observe(output.logits)
+        logits = output.logits[0]
         targets = tokens[first + 1 : stop + 1]
         scored = F.log_softmax(logits.float(), -1)
         nats += F.nll_loss(scored, targets, reduction="sum").item()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mixkvq.adapters.transformers import NAME, MixKVQCache, MixKVQStaticCache
+from mixkvq.adapters.transformers import NAME, MixKVQCache, MixKVQStaticCache, confidence_processors
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate.answers import Answer, AnswerFile, Settings, config_fields
 from mixkvq.evaluate.chains import end_of_turn, prompt_tokens
@@ -203,6 +203,7 @@ class Run:
             ids,
             attention_mask=mask,
             past_key_values=cache,
+            logits_processor=confidence_processors(cache),
             max_new_tokens=max(item.limit for item in batch),
             eos_token_id=self.ends,
             pad_token_id=self.ends[0],
@@ -210,7 +211,7 @@ class Run:
             **PLAIN,
         )
         memory = cache.memory()
-        bits = memory.bits if memory.packed_keys else None
+        bits = memory.size_bits if memory.packed_keys or memory.evicted else None
         rows = out[:, ids.shape[1] :].tolist()
         return [self._cut(row, item.limit, bits) for row, item in zip(rows, batch, strict=True)]
 

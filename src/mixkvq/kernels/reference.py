@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,35 +33,47 @@ def dequantize_pages(pages: PackedPages, row: int, *, rotated: bool) -> tuple[Te
     return keys, rotate(values) if rotated else values
 
 
-def attention(
+def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, **options: Any) -> Tensor:
+    """Softmax attention of one sequence, in float32.
+
+    Args:
+        query, keys, visible: see :func:`attention_weights`, as for ``options``.
+        values: ``[Hkv, T, D]``.
+
+    Returns:
+        ``[Hq, L, D]``.
+    """
+    group = query.shape[0] // keys.shape[0]
+    return attention_weights(query, keys, visible, **options) @ values.float().repeat_interleave(group, dim=0)
+
+
+def attention_weights(
     query: Tensor,
     keys: Tensor,
-    values: Tensor,
     visible: Tensor,
     *,
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of one sequence, in float32.
+    """What each query of one sequence gives to each token, in float32.
 
     Args:
         query: ``[Hq, L, D]``.
-        keys, values: ``[Hkv, T, D]``; query head ``h`` reads KV head ``h // (Hq / Hkv)``.
+        keys: ``[Hkv, T, D]``; query head ``h`` reads KV head ``h // (Hq / Hkv)``.
         visible: ``[L, T]`` bool.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         sinks: ``[Hq]``, a logit per head that takes part in the softmax but has no value (GPT-OSS).
 
     Returns:
-        ``[Hq, L, D]``.
+        ``[Hq, L, T]``; what is left to 1 in a row is the sink's.
     """
-    group = query.shape[0] // keys.shape[0]
-    keys, values = (x.float().repeat_interleave(group, dim=0) for x in (keys, values))
+    keys = keys.float().repeat_interleave(query.shape[0] // keys.shape[0], dim=0)
     logits = query.float() @ keys.transpose(1, 2) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~visible, float("-inf"))
     if sinks is not None:
         column = sinks.float()[:, None, None].expand(-1, logits.shape[1], 1)
-        return torch.cat([logits, column], 2).softmax(2)[:, :, :-1] @ values
-    return logits.softmax(2) @ values
+        return torch.cat([logits, column], 2).softmax(2)[:, :, :-1]
+    return logits.softmax(2)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from mixkvq.config import MixKVQConfig
+from mixkvq.layers.evicting import EvictingCache
 from mixkvq.layers.growing import LayerCache
 from mixkvq.layers.narrowing import NarrowingCache
 from mixkvq.layers.step import Step
-from mixkvq.policies import Policy
+from mixkvq.policies import EvictingPolicy, Policy
 
 
-def new_layer_cache(config: MixKVQConfig, policy: Policy, like: Step) -> LayerCache:
+def new_layer_cache(config: MixKVQConfig, policy: Policy, like: Step) -> LayerCache | EvictingCache:
     """The growing cache of one layer that a policy needs, for steps like ``like``."""
-    kind = NarrowingCache if policy.narrows else LayerCache
-    return kind(config, policy, like)
+    if isinstance(policy, EvictingPolicy):
+        return EvictingCache(config, policy, like)
+    return NarrowingCache(config, policy, like) if policy.narrows else LayerCache(config, policy, like)

@@ -70,6 +70,10 @@ class Recipe:
         """The recipe for layers of the given shape, in a model of the given type."""
         if config.layers:
             raise ConfigError("This takes the settings of one layer, and the configuration has settings by layer.")
+        if policy.evicts:
+            raise ConfigError(
+                f"The {policy.name} policy evicts tokens, and pages keep all: use MixKVQCache, or another policy."
+            )
         return cls(config, policy, page_layout(config, policy, kv_heads, key_dim, value_dim, dtype))
 
     @property
@@ -288,12 +292,17 @@ class Recipe:
 def expected_bits(
     config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[float, float, bool]:
-    """Honest bits per packed key and value element, as the page format has them.
+    """Honest bits per packed key and value element, as the page format has them; with eviction, of whole blocks.
 
     Returns:
         key bits, value bits, and whether these are final: a policy with thresholds promotes channels by the data, and
         key bits are then those without any.
     """
+    if policy_class(config.policy).evicts:
+        bits = float(config.key_bits)
+        if bits != DENSE_BITS:
+            bits += 8 * config.param_dtype.itemsize / config.key_group
+        return bits, bits, True
     layout, policy = _expected_layout(config, kv_heads, head_dim, dtype)
     promoted = policy.promoted_channels(kv_heads, head_dim)
     page = MemoryReport(layout.part_bytes(promoted or {}))
@@ -302,7 +311,12 @@ def expected_bits(
 
 
 def expected_kernel(config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> str:
-    """What a GPU reads the pages with, as :func:`mixkvq.kernels.decode.kernel_of_format` has it."""
+    """What a GPU reads the pages with, as :func:`mixkvq.kernels.decode.kernel_of_format` has it.
+
+    Caches that evict have no pages, and are read by torch operations.
+    """
+    if policy_class(config.policy).evicts:
+        return "torch"
     return kernel_of_format(_expected_layout(config, kv_heads, head_dim, dtype)[0], dtype)
 
 

@@ -2,6 +2,8 @@
 
 from mixkvq.policies.base import KeyBlock, PlanRule, Policy
 from mixkvq.policies.bf16 import BF16
+from mixkvq.policies.conf_kv import ConfKV
+from mixkvq.policies.evicting import EvictingPolicy
 from mixkvq.policies.kitty import Kitty
 from mixkvq.policies.kivi import KIVI
 from mixkvq.policies.kvmix import KVmix
@@ -10,10 +12,12 @@ from mixkvq.policies.kvtuner import KVTuner
 from mixkvq.policies.mixkvq import MixKVQ
 from mixkvq.policies.pm_kvq import PMKVQ
 from mixkvq.policies.rotate_kv import RotateKV
+from mixkvq.policies.window import Window
 
 #: Adding a policy is one file and one line here; the CLI, the fidelity table and the tests' matrix follow.
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (MixKVQ, KIVI, Kitty, KVmix, KVTuner, PMKVQ, RotateKV, KVQuant, BF16)
+    policy.name: policy
+    for policy in (MixKVQ, KIVI, Kitty, KVmix, KVTuner, PMKVQ, ConfKV, Window, RotateKV, KVQuant, BF16)
 }
 
 
@@ -30,4 +34,4 @@ def policy_class(name: str) -> type[Policy]:
     return POLICIES[name]
 
 
-__all__ = ["POLICIES", "KeyBlock", "PlanRule", "Policy", "policy_class"]
+__all__ = ["POLICIES", "EvictingPolicy", "KeyBlock", "PlanRule", "Policy", "policy_class"]

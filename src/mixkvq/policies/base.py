@@ -62,12 +62,16 @@ class Policy(ABC):
         presets: the named configurations that this policy brings.
         uses_queries: whether :attr:`KeyBlock.importance` is gathered.
         narrows: whether stored codes lose bits as the context grows, for which a cache of its own is used.
+        uses_confidence: whether caches ask for the model's confidence after each step.
+        evicts: whether it is an :class:`~mixkvq.policies.evicting.EvictingPolicy`, whose caches do not keep all tokens.
     """
 
     name: ClassVar[str]
     presets: ClassVar[dict[str, Preset]]
+    evicts: ClassVar[bool] = False
     uses_queries: bool = False
     narrows: ClassVar[bool] = False
+    uses_confidence: bool = False
 
     def __init__(self, config: MixKVQConfig) -> None:
         self.config = config
@@ -75,6 +79,11 @@ class Policy(ABC):
     @classmethod
     def check(cls, config: MixKVQConfig) -> None:
         """Refuse what this policy cannot carry out, with a ``ConfigError``."""
+
+    @classmethod
+    def for_layer(cls, config: MixKVQConfig, index: int, count: int) -> MixKVQConfig:
+        """What layer ``index`` of ``count`` stores by, where the policy itself treats layers differently."""
+        return config
 
     @property
     def promoted_bits(self) -> tuple[int, ...]:

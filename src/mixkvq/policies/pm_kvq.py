@@ -12,7 +12,7 @@ FIRST_CODES = 8
 #: Widths by which a layer goes, from the start.
 WIDTHS = (DENSE_BITS, FIRST_CODES, 4, 2)
 FIELDS = {
-    "policy": "pm_kvq",
+    "policy": "pm-kvq",
     "sinks": 1,
     "key_group": 128,
     "value_group": 128,
@@ -31,7 +31,7 @@ class PMKVQ(KIVI):
     model's own numbers, not codes.
     """
 
-    name = "pm_kvq"
+    name = "pm-kvq"
     presets = {  # noqa: RUF012
         f"pm-kvq-{bits}": Preset(
             f"from 16 bits to {bits} as the context grows to plan_tokens",

@@ -42,7 +42,7 @@ def fidelity_figures(rows: Sequence[Row]) -> dict[str, Figure]:
 
 
 def _kl_over_bits(rows: Sequence[Row]) -> Figure:
-    points = {row["cache"]: (row["bits"], row["kl"]) for row in rows}
+    points = {row["cache"]: (row.get("size_bits", row["bits"]), row["kl"]) for row in rows}  # older rows lack it
     return front_figure(points, BITS, KL, log_y=True)
 
 

@@ -36,10 +36,10 @@ def new_table(title: str, *columns: str) -> Table:
 
 
 def fidelity_table(rows: Sequence[Fidelity]) -> Table:
-    """Rows by rising honest bits; key and value bits are codes / honest. Caches that none beats in both bits and KL are
-    in bold.
+    """Rows by rising size in bits; key and value bits are codes / honest. Caches that none beats in both size and KL
+    are in bold.
     """
-    front = pareto_front([(row.bits, row.kl) for row in rows])
+    front = pareto_front([(row.size_bits, row.kl) for row in rows])
     reference = rows[0].reference_perplexity
     title = f"Fidelity over {rows[0].tokens:,} tokens; full precision has perplexity {reference:.3f}"
     table = new_table(title, "cache", "key bits", "values", "bits", "held", "perpl.", "KL", "top-1")
@@ -48,12 +48,14 @@ def fidelity_table(rows: Sequence[Fidelity]) -> Table:
             f"[bold]{escape(row.cache)}[/]" if i in front and len(rows) > 1 else escape(row.cache),
             f"{row.key_bits_codes:.2f}/{row.key_bits:.2f}",
             f"{row.value_bits_codes:.2f}/{row.value_bits:.2f}",
-            f"{row.bits:.2f}",
+            f"{row.size_bits:.2f}*" if row.counts_all else f"{row.bits:.2f}",
             size(row.bytes_held),
             f"{row.perplexity:.3f}",
             f"{max(row.kl, 0):.4f}",
             f"{row.top1_agreement:.1%}",
         )
+    if any(row.counts_all for row in rows):
+        table.caption = "* tokens were evicted, or none packed: bits of everything held, over all tokens seen"
     return table
 
 

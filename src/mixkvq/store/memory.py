@@ -29,6 +29,7 @@ class MemoryReport:
         packed_keys, packed_values: elements in pages.
         key_code_bits, value_code_bits: bits of their codes, each channel counted at its tier's width.
         elements: elements of all tokens seen by the quantized layers, keys and values together.
+        evicted: those of them that are not held any more.
     """
 
     parts: Counter[str] = field(default_factory=Counter)
@@ -37,6 +38,7 @@ class MemoryReport:
     key_code_bits: int = 0
     value_code_bits: int = 0
     elements: int = 0
+    evicted: int = 0
 
     def __add__(self, other: MemoryReport) -> MemoryReport:
         return MemoryReport(
@@ -46,6 +48,7 @@ class MemoryReport:
             self.key_code_bits + other.key_code_bits,
             self.value_code_bits + other.value_code_bits,
             self.elements + other.elements,
+            self.evicted + other.evicted,
         )
 
     def check(self, tensors: Iterable[Tensor]) -> None:
@@ -92,6 +95,13 @@ class MemoryReport:
     def bits_held(self) -> float:
         """Bits per element over all tokens: :attr:`total` without other layers, sinks and residual included."""
         return 8 * (self.total - self.parts["other layers"]) / max(self.elements, 1)
+
+    @property
+    def size_bits(self) -> float:
+        """What caches are compared by: :attr:`bits`, or :attr:`bits_held` where tokens were evicted, or none packed:
+        then what is packed says nothing of the tokens seen.
+        """
+        return self.bits_held if self.evicted or not self.packed_keys else self.bits
 
 
 def packed_report(layout: PageLayout, pages: int, promoted: dict[int, int]) -> MemoryReport:

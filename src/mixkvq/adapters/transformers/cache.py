@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -13,6 +15,7 @@ from mixkvq.adapters.transformers.masks import MaskReader
 from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, settings
 from mixkvq.config import MixKVQConfig
 from mixkvq.policies import Policy
+from mixkvq.policies.conf_kv import confidence
 from mixkvq.store import MemoryReport
 
 
@@ -86,6 +89,30 @@ class MixKVQCache(Cache):
         """Whether some layers have taken tokens of the last forward pass and others have not."""
         lengths = {layer.get_seq_length() for layer in self._lengthy}
         return len(lengths) > 1 or any(layer.torn for layer in self.quantized_layers)
+
+    @property
+    def uses_confidence(self) -> bool:
+        """Whether :meth:`observe` changes anything: whether the policy asks for the model's confidence."""
+        return any(layer.policy.uses_confidence for layer in self.quantized_layers)
+
+    @torch.no_grad()
+    def observe(self, logits: Tensor) -> None:
+        """Tell a cache that follows the model's confidence what the model said after the last forward pass's tokens.
+
+        In ``generate`` :func:`mixkvq.confidence_processors` does it. Without it, no step counts as confident.
+
+        Args:
+            logits: ``[B, n, V]`` of the pass's last n tokens. A pass of which not every token has logits is a prompt,
+                and no step of one token.
+        """
+        if not self.uses_confidence:
+            return
+        given = confidence(logits).tolist()
+        if (real := self.quantized_layers[0].real) is not None:
+            newest = real[:, -logits.shape[1] :].tolist()
+            given = [list(compress(row, kept)) for row, kept in zip(given, newest, strict=True)]
+        for layer in self.quantized_layers:
+            layer.observe(given)
 
     def memory(self) -> MemoryReport:
         """Bytes held, by part, over all layers, and bits per element."""

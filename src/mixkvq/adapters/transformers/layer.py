@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from mixkvq.adapters.transformers.handle import KVHandle
 from mixkvq.adapters.transformers.masks import MaskReader, to_bool
 from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, check_finite
 from mixkvq.config import MixKVQConfig
-from mixkvq.layers import LayerCache, Step, new_layer_cache
+from mixkvq.layers import EvictingCache, LayerCache, Step, new_layer_cache
 from mixkvq.policies import Policy
 from mixkvq.store import MemoryReport
 
@@ -41,7 +42,7 @@ class MixKVQLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
-        self.cache: LayerCache | None = None
+        self.cache: LayerCache | EvictingCache | None = None
         self.is_initialized = False
         self.seen = 0  # positions, padding included
         self.real: Tensor | None = None  # [B, seen] bool; None while no padding was seen
@@ -73,6 +74,12 @@ class MixKVQLayer(CacheLayerMixin):
         return -1
 
     def activate_past_recording(self) -> None:
+        if self.policy.evicts:
+            raise NotImplementedError(
+                "Assisted decoding and prompt lookup take tokens back, and the "
+                f"{self.policy.name} policy has evicted others for them. Generate without, or use a cache that keeps "
+                "all tokens, such as 'default'."
+            )
         self.record_past = True
 
     def reset(self) -> None:
@@ -160,10 +167,17 @@ class MixKVQLayer(CacheLayerMixin):
             self._check_past(mask, step)
         if self.seen == 0 and not any(option is not None for option in options.values()):
             output = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0]
+            if isinstance(self.cache, EvictingCache):
+                self.cache.weigh(step, visible, scaling=scaling)
         else:
             output = self.cache.attend(step, visible, scaling=scaling, **options).transpose(1, 2)
         self._take(step)
         return output
+
+    def observe(self, confidences: Sequence[Sequence[float]]) -> None:
+        """How confident the model was after the last tokens; see :meth:`mixkvq.layers.EvictingCache.observe`."""
+        if isinstance(self.cache, EvictingCache):
+            self.cache.observe(confidences)
 
     def _take(self, step: Step) -> None:
         """Store a step's tokens, or hold them back."""

@@ -61,6 +61,10 @@ class MixKVQStaticCache(Cache):
         self._refuse_layers(layers, len(full), checked.text)
         own = [checked.layer(at) for at in full]
         for _, each in own:
+            if each.evicts:
+                raise ConfigError(
+                    f"MixKVQStaticCache keeps all tokens, and the {each.name} policy evicts some. Use MixKVQCache."
+                )
             if each.rule is None:
                 raise ConfigError(
                     f"MixKVQStaticCache decides bits on the device, by a policy's rule, and {type(each).__name__} has "

@@ -93,6 +93,7 @@ class Settings:
     def layer(self, index: int) -> tuple[MixKVQConfig, Policy]:
         """A layer's own configuration and policy; layers with equal configurations share the policy."""
         own = self.config.for_layer(index)
+        own = policy_class(own.policy).for_layer(own, index, self.text.num_hidden_layers)
         if own not in self._policies:
             self._policies[own] = self._given or policy_class(own.policy)(own)
         return own, self._policies[own]

@@ -145,7 +145,7 @@ def ask(
         _reply(tokenizer, problem, likelihood, row, ends)
         for problem, likelihood, row in zip(problems, likelihoods, written, strict=True)
     ]
-    return replies, memory.bits if memory.packed_keys else None
+    return replies, memory.size_bits if memory.packed_keys or memory.evicted else None
 
 
 def _read(model: PreTrainedModel, cache: MixKVQCache, problems: Sequence[RetrievalProblem]) -> Tensor:
@@ -185,7 +185,9 @@ def _decode(
 
 def _step(model: PreTrainedModel, cache: MixKVQCache, tokens: Tensor) -> Tensor:
     """Logits ``[B, V]`` of what comes after ``tokens [B, L]``, which the cache takes."""
-    return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    cache.observe(logits)
+    return logits[:, -1]
 
 
 def _rows(written: Sequence[Tensor]) -> list[list[int]]:
