@@ -9,6 +9,7 @@ from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.layers import LayerCache, ModelCache, Step
 from mixkvq.policies import policy_class
 from mixkvq.store.books import Books, CacheFullError, steps_left
+from mixkvq.store.memory import PACKED_PARTS
 from mixkvq.store.shape import Capacity
 from mixkvq.store.view import PackedPages
 
@@ -234,7 +235,7 @@ def test_parts_are_those_of_the_growing_cache(static_config: MixKVQConfig):
     take(cache, layers)
     take_all(caches, layers)
     report, other = cache.memory(), caches[0].memory() + caches[1].memory()
-    for part in ("key codes", "key scales", "tier index", "value codes", "value scales"):
+    for part in PACKED_PARTS:
         assert report.parts[part] == other.parts[part]
     assert report.total == sum(tensor.nbytes for tensor in cache.store.held())
     assert report.elements == other.elements

@@ -6,6 +6,7 @@ from conftest import layer_cache, random_step
 from mixkvq import MixKVQConfig
 from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.layers import LayerCache, Step
+from mixkvq.store.memory import PACKED_PARTS
 
 
 def filled(config: MixKVQConfig | str, *lengths: int, batch: int = 2, **shape: int) -> LayerCache:
@@ -161,9 +162,7 @@ def test_predicted_and_held_bytes_agree(config: MixKVQConfig):
         pool.used * record.nbytes
         for pool, record in zip(store.chunks.values(), store.layout.chunks.values(), strict=True)
     )
-    packed = sum(
-        report.parts[part] for part in ("key codes", "key scales", "tier index", "value codes", "value scales")
-    )
+    packed = sum(report.parts[part] for part in PACKED_PARTS)
     assert packed == predicted
     promised = cache.policy.promoted_channels(2, 32)
     if promised is not None:

@@ -20,6 +20,8 @@ from mixkvq.quant.salience import QueryStatistics
 
 #: The largest relative error of an output vector that counts as the right result.
 ERROR_LIMIT = 0.05
+#: What our kernels' names begin with.
+OURS = "mixkvq"
 
 
 class WrongResultError(RuntimeError):
@@ -118,8 +120,8 @@ def bench_kernel(
             contenders.append(_packed_contender(shape, name, packed[key], kernel))
             advance(f"{shape.batch} x {shape.context:,}: {name}")
         calls: dict[str, Call] = {str(i): contender.call for i, contender in enumerate(contenders)}
-        eager = [name for name, contender in zip(calls, contenders, strict=True) if contender.cache != BF16]
-        times = timer.medians(calls, repeats, eager=eager if kernel == "torch" else ())
+        eager = [name for name, contender in zip(calls, contenders, strict=True) if contender.kernel == f"{OURS} torch"]
+        times = timer.medians(calls, repeats, eager=eager)
         rows += _rows(shape, contenders, [times[name] for name in calls], copy_rate)
         advance(f"{shape.batch} x {shape.context:,}: timed")
     return rows
@@ -208,7 +210,7 @@ def _packed_contender(shape: KernelShape, name: str, blocks: PackedBlocks, kerne
         expected.append(_reference(new.query[row], keys, values, scaling))
     error = _checked(name, call, expected, shape)
     ran = fastest_kernel(new.query, cache) if kernel == "auto" else kernel
-    return _Contender(name, f"mixkvq {ran}", call, bytes_read(cache, stored), error)
+    return _Contender(name, f"{OURS} {ran}", call, bytes_read(cache, stored), error)
 
 
 def _sample(shape: KernelShape) -> list[int]:
