@@ -105,9 +105,7 @@ def thresholds(
             _refuse(trials=trials, plot=plot, problems=problems, data_dir=data_dir)
             network, tokenizer = load_model(model, parse_dtype(dtype), device)
             found = at_shares(_saliences(network, windows(tokenizer, text or [None], window, count)), **start)
-            output.print(f"paper:tau_bf16={found.tau_bf16:.4g},tau_uint4={found.tau_uint4:.4g}", soft_wrap=True)
-            about = {"model": model or DEFAULT_MODEL, "bits": found.bits, **environment()}
-            write_json(json_file, {**dataclasses.asdict(found), **about})
+            _print_quantiles(found, model or DEFAULT_MODEL, json_file)
             return
         check_writable(out)
         check_plot(plot)
@@ -121,6 +119,8 @@ def thresholds(
             "window": window,
             "windows": count,
             "problems": problems,
+            "data_dir": None if data_dir is None else data_dir.resolve().name,
+            "batch": None if problems is None else batch,
             "max_new_tokens": max_new_tokens,
         }
         journal = Trials(trials, measured)
@@ -152,6 +152,11 @@ def thresholds(
         }
         about = {**measured, "bits": bits, "seed": seed, "tries": tries}
         write(out, Calibration(found.config(network), "thresholds", about, results))
+
+
+def _print_quantiles(found: Thresholds, model: str, json_file: Path | None) -> None:
+    output.print(f"paper:tau_bf16={found.tau_bf16:.4g},tau_uint4={found.tau_uint4:.4g}", soft_wrap=True)
+    write_json(json_file, {**dataclasses.asdict(found), "model": model, "bits": found.bits, **environment()})
 
 
 def _refuse(**searching: Any) -> None:
