@@ -84,7 +84,7 @@ class Tiny:
         return tiny_model("qwen3")
 
 
-@pytest.mark.parametrize("page", ["README.md", "transformers.md"])
+@pytest.mark.parametrize("page", ["README.md", "transformers.md", "conf_kv.md"])
 def test_python_snippets_run(page: str):
     model = tiny_model("qwen3")
     code = "\n".join(block for name, block in blocks("python") if name == page)
