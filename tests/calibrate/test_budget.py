@@ -1,5 +1,6 @@
 """Bits by layer: predictions against measured KL, the integer program, and the search for the fewest bits."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -117,6 +118,19 @@ def test_sensitive_layers_get_more():
         CalibrationError, match=r"2.3 bits are below the floor of 2.38: keys of 2.25 code bits take 2.5"
     ):
         menu().choose(2.3)
+
+
+def test_layers_whose_keys_are_kept_exact():
+    exact = dataclasses.replace(menu(), exact=(1,))
+    choice = exact.choose(4.4)
+    assert choice.layers[1].items() >= KEYS[-1].items()
+    assert choice.layers[0].keys() == {"budget", "value_bits"}
+    assert choice.bits <= 4.4
+    assert exact.floor == ((2.5 + 8.25) / 2 + 2.25) / 2
+    with pytest.raises(CalibrationError, match=r"3.7 bits are below the floor of 3.81: .*; keys of exact layers 8.25"):
+        exact.choose(3.7)
+    with pytest.raises(CalibrationError, match="Layer 7 is none of those whose keys are quantized"):
+        dataclasses.replace(menu(), exact=(7,))
 
 
 @pytest.mark.parametrize("ratio", [0.3, 1.0, 1.7])

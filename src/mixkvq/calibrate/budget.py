@@ -55,6 +55,7 @@ class Menu:
         key_options, value_options: fields of the configuration, by rising size.
         keys, values: by layer, predicted KL of each option.
         key_bits, value_bits: honest bits per element of each.
+        exact: layers whose keys get the largest option, whatever is predicted.
     """
 
     layers: list[int]
@@ -64,11 +65,21 @@ class Menu:
     values: list[list[float]]
     key_bits: list[float]
     value_bits: list[float]
+    exact: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        strange = sorted(set(self.exact) - set(self.layers))
+        if strange:
+            raise CalibrationError(
+                f"Layer {strange[0]} is none of those whose keys are quantized: {', '.join(map(str, self.layers))}."
+            )
 
     @property
     def floor(self) -> float:
         """Mean honest bits of the smallest options."""
-        return (min(self.key_bits) + min(self.value_bits)) / 2
+        count, exact = len(self.layers), len(set(self.exact))
+        keys = (count - exact) * min(self.key_bits) + exact * max(self.key_bits)
+        return (keys / count + min(self.value_bits)) / 2
 
     @property
     def ceiling(self) -> float:
@@ -83,14 +94,18 @@ class Menu:
         """
         count = len(self.layers)
         if bits < self.floor:
-            raise CalibrationError(
-                f"{bits:.3g} bits are below the floor of {self.floor:.3g}: keys of {min(KEY_BUDGETS)} code bits take "
-                f"{min(self.key_bits):.3g} with scales, zeros and index, and values of {min(VALUE_BITS)} take "
-                f"{min(self.value_bits):.3g}."
-            )
+            raise CalibrationError(self._too_few(bits))
         costs = [*self.keys, *self.values]
         sizes = [self.key_bits] * count + [self.value_bits] * count
-        found = allocate(costs, sizes, bits * 2 * count + 1e-9)
+        first = [len(self.key_bits) - 1 if layer in self.exact else 0 for layer in self.layers] + [0] * count
+        found = [
+            start + at
+            for start, at in zip(
+                first,
+                allocate(_from(first, costs), _from(first, sizes), bits * 2 * count + 1e-9),
+                strict=True,
+            )
+        ]
         return Choice(
             {
                 layer: {**self.key_options[key], **self.value_options[value]}
@@ -99,6 +114,19 @@ class Menu:
             bits=sum(part[at] for part, at in zip(sizes, found, strict=True)) / (2 * count),
             predicted=sum(part[at] for part, at in zip(costs, found, strict=True)),
         )
+
+    def _too_few(self, bits: float) -> str:
+        words = (
+            f"{bits:.3g} bits are below the floor of {self.floor:.3g}: keys of {min(KEY_BUDGETS)} code bits take "
+            f"{min(self.key_bits):.3g} with scales, zeros and index, and values of {min(VALUE_BITS)} take "
+            f"{min(self.value_bits):.3g}"
+        )
+        return f"{words}; keys of exact layers {max(self.key_bits):.3g}." if self.exact else f"{words}."
+
+
+def _from(first: Sequence[int], parts: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """The options of each part from its first allowed one on."""
+    return [part[start:] for start, part in zip(first, parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -163,11 +191,13 @@ def measure_menu(
     for index, text in enumerate(texts):
         generator = torch.Generator(device=model.device).manual_seed(seed + index)
         totals.append(trials.once(text.name, partial(_measure, model, base, text, layers, generator, samples, advance)))
+    keys, values = _mean(totals, [text.weight for text in texts])
     return Menu(
         layers,
         key_options(base),
         value_options(),
-        **_mean(totals, [text.weight for text in texts]),
+        keys,
+        values,
         key_bits=totals[0]["key_bits"],
         value_bits=totals[0]["value_bits"],
     )
@@ -207,15 +237,17 @@ def _measure(
     }
 
 
-def _mean(texts: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[str, list[list[float]]]:
-    """The mean over texts, none of which counts more for costing more: where a model is sure of itself, its KL is a
-    thousandth of what it is elsewhere, and which layers matter is no less true there.
+def _mean(texts: Sequence[dict[str, Any]], weights: Sequence[float]) -> tuple[list[list[float]], list[list[float]]]:
+    """The mean of keys and values over texts.
+
+    None counts more for costing more: where a model is sure of itself, its KL is a thousandth of what it is elsewhere,
+    and which layers matter is no less true there.
     """
     keys, values = (torch.tensor([text[part] for text in texts], dtype=torch.float64) for part in ("keys", "values"))
     sums = keys.sum((1, 2)) + values.sum((1, 2))
     share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     scale = (share * (share * sums).sum() / sums.clamp(min=torch.finfo(sums.dtype).tiny))[:, None, None]
-    return {"keys": (keys * scale).sum(0).tolist(), "values": (values * scale).sum(0).tolist()}
+    return (keys * scale).sum(0).tolist(), (values * scale).sum(0).tolist()
 
 
 def smallest(

@@ -70,6 +70,12 @@ def budget(
         typer.Option(help="Also calibrate on the right chains of so many problems, by a model that solves them."),
     ] = 0,
     adapter: ReasonerOption = None,
+    exact: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="A layer whose keys get 8 bits, whatever is predicted; may be repeated.", show_default="none"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the labels whose gradients are taken.")] = 0,
     trials: TrialsOption = None,
     model: ModelOption = None,
@@ -118,6 +124,7 @@ def budget(
                 seed=seed,
                 advance=lambda what: bar.update(task, advance=1, description=what),
             )
+        menu = dataclasses.replace(menu, exact=tuple(exact or ()))
         plain = held_out(judge, "uniform", base)
         choice, found = _search(
             menu,
