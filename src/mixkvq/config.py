@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import types
 import typing
 from dataclasses import dataclass
@@ -14,25 +13,17 @@ from typing import Any, Literal
 
 import torch
 
-#: Width of the channels that a budget promotes.
-PROMOTED_BITS = 4
-#: Widths that codes can have; 16 stands for "not quantized, the model's own type".
-BITS = (2, 3, 4, 8, 16)
+from mixkvq.checks import PROMOTED_BITS, ConfigError, check, join
+
+__all__ = ["PROMOTED_BITS", "ConfigError", "MixKVQConfig", "Preset", "all_presets"]
+
 #: Fields that all layers of a cache have in common.
 SHARED_FIELDS = ("residual_length", "sinks", "plan_tokens", "scale_dtype", "debug", "layers", "model")
-#: The largest share of numbers that are kept as outliers: each costs 32 bits.
-MAX_OUTLIERS = 0.1
-#: Damping below which a covariance of few queries cannot be factored in float32.
-MIN_DAMPING = 1e-3
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 #: What a layer has of its own: fields and their values, sorted by name.
 LayerFields = tuple[tuple[str, Any], ...]
-
-
-class ConfigError(ValueError):
-    """A configuration that contradicts itself, or names something that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -130,141 +121,11 @@ class MixKVQConfig:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        from mixkvq.policies import policy_class
-
-        for field in ("residual_length", "sinks", "key_bits", "key_group", "value_bits", "value_group"):
-            value = getattr(self, field)
-            _require(isinstance(value, int) and not isinstance(value, bool), f"{field} is a whole number", self, field)
-        for field in ("budget", "tau_uint4", "tau_bf16", "key_feedback"):
-            value = getattr(self, field)
-            _require(value is None or _is_real(value), f"{field} is a finite number or none", self, field)
-        for field, allowed in _literals().items():
-            _require(getattr(self, field) in allowed, f"{field} is one of {_join(allowed)}", self, field)
-        _require(
-            self.residual_length >= 16 and self.residual_length % 16 == 0,
-            "residual_length is a multiple of 16 (tokens fill whole words)",
-            self,
-            "residual_length",
-        )
-        _require(
-            self.key_axis == "token" or (self.key_group >= 1 and self.residual_length % self.key_group == 0),
-            f"key_group divides residual_length ({self.residual_length})",
-            self,
-            "key_group",
-        )
-        _require(self.key_group >= 1, "key_group is at least 1", self, "key_group")
-        _require(self.value_group >= 1, "value_group is at least 1", self, "value_group")
-        _require(self.sinks >= 0, "sinks is 0 or more tokens", self, "sinks")
-        if self.plan_tokens is not None:
-            _require(
-                isinstance(self.plan_tokens, int) and self.plan_tokens >= self.residual_length,
-                f"plan_tokens is a whole number of tokens, at least residual_length ({self.residual_length}), or none",
-                self,
-                "plan_tokens",
-            )
-        for field in ("key_bits", "value_bits"):
-            _require(getattr(self, field) in BITS, f"{field} is one of {_join(BITS)}", self, field)
-        _require(
-            self.key_feedback is None or self.key_feedback >= MIN_DAMPING,
-            f"key_feedback is at least {MIN_DAMPING} or none (without damping, few queries have no inverse)",
-            self,
-            "key_feedback",
-        )
-        if self.budget is not None:
-            _require(
-                self.key_bits <= self.budget <= PROMOTED_BITS,
-                f"budget lies between key_bits ({self.key_bits}) and {PROMOTED_BITS}, the promoted width",
-                self,
-                "budget",
-            )
-            if self.tau_uint4 is not None or self.tau_bf16 is not None:
-                raise ConfigError(
-                    "budget and thresholds (tau_uint4, tau_bf16) are two ways to plan the same tiers: give one. "
-                    "To switch a preset over, set the other to none."
-                )
-        self._check_eviction()
-        policy_class(self.policy).check(self)
-        promoted_bits = policy_class(self.policy)(self).promoted_bits
-        self._check_key_axis(promoted_bits)
-        self._check_levels()
-        self._check_irregular(promoted_bits)
+        check(self)
+        for field in ("key_levels", "value_levels"):
+            given = getattr(self, field)
+            object.__setattr__(self, field, None if given is None else tuple(given))
         object.__setattr__(self, "layers", self._checked_layers())
-
-    def _check_key_axis(self, promoted_bits: tuple[int, ...]) -> None:
-        if self.key_axis == "channel":
-            if self.key_rotation != "none":
-                raise ConfigError(
-                    "key_rotation spreads a token's outliers over its channels, which then share a scale: it takes "
-                    f"key_axis='token', not {self.key_axis!r}."
-                )
-            return
-        if promoted_bits:
-            raise ConfigError(
-                f"key_axis='token' gives the channels of a token one scale, and the {self.policy} policy promotes "
-                "single channels: use key_axis='channel', or a policy that promotes none."
-            )
-        if self.key_feedback is not None:
-            raise ConfigError(
-                "key_feedback moves errors between channels that have scales of their own, and with key_axis='token' "
-                "they share one: set key_feedback to none, or key_axis to 'channel'."
-            )
-
-    def _check_levels(self) -> None:
-        for kind, bits in (("key", self.key_bits), ("value", self.value_bits)):
-            given = getattr(self, f"{kind}_levels")
-            if given is None:
-                continue
-            rising = isinstance(given, (list, tuple)) and all(map(_is_real, given)) and sorted({*given}) == [*given]
-            _require(
-                rising and bits != BITS[-1] and len(given) == 2**bits and given[0] >= 0 and given[-1] < 2**bits,
-                f"{kind}_levels is none, or for {bits} bits a list of {2**bits} rising numbers from 0 to {2**bits - 1}",
-                self,
-                f"{kind}_levels",
-            )
-            object.__setattr__(self, f"{kind}_levels", tuple(given))
-            if getattr(self, f"{kind}_clip") or getattr(self, f"{kind}_unbiased"):
-                raise ConfigError(
-                    f"{kind}_levels are made for the whole range of a group: set {kind}_clip and {kind}_unbiased to "
-                    "false."
-                )
-
-    def _check_irregular(self, promoted_bits: tuple[int, ...]) -> None:
-        """Refuse what does not go with levels or outliers."""
-        _require(
-            _is_real(self.outliers) and 0 <= self.outliers <= MAX_OUTLIERS,
-            f"outliers is a share from 0 to {MAX_OUTLIERS}",
-            self,
-            "outliers",
-        )
-        if self.outliers and "hadamard" in (self.key_rotation, self.value_rotation):
-            raise ConfigError("A rotation spreads outliers, and outliers keeps them apart: use one of the two.")
-        field = "key_levels" if self.key_levels is not None else "outliers" if self.outliers else None
-        if field and promoted_bits:
-            raise ConfigError(f"{field} takes a policy that promotes no channels, unlike {self.policy}.")
-        if field and self.key_feedback is not None:
-            raise ConfigError(f"{field} takes keys that are rounded each for itself: set key_feedback to none.")
-
-    def _check_eviction(self) -> None:
-        from mixkvq.policies import policy_class
-
-        for field in ("keep", "keep_confident"):
-            value = getattr(self, field)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            _require(value is None or whole, f"{field} is a whole number of tokens, at least 1, or none", self, field)
-        for field in ("confidence", "mass_share"):
-            value = getattr(self, field)
-            _require(isinstance(value, (int, float)) and 0 <= value <= 1, f"{field} lies between 0 and 1", self, field)
-        decay = self.keep_decay
-        valid = isinstance(decay, (int, float)) and 0 < decay <= 1
-        _require(valid, "keep_decay is above 0 and at most 1", self, "keep_decay")
-        whole = isinstance(self.protected, int) and not isinstance(self.protected, bool) and self.protected >= 1
-        _require(whole, "protected is a whole number of tokens, at least 1", self, "protected")
-        given = self.keep is not None or self.keep_confident is not None or decay != 1
-        if given and not policy_class(self.policy).evicts:
-            raise ConfigError(
-                f"The {self.policy} policy keeps all tokens: leave keep, keep_confident and keep_decay out, or use a "
-                "preset like 'conf-kv' or 'window-512'."
-            )
 
     def _checked_layers(self) -> tuple[LayerFields, ...]:
         """:attr:`layers` as sorted pairs, each of which makes a valid configuration."""
@@ -396,11 +257,6 @@ def _type_hints() -> dict[str, Any]:
     return typing.get_type_hints(MixKVQConfig)
 
 
-def _literals() -> dict[str, tuple[Any, ...]]:
-    hints = _type_hints().items()
-    return {name: typing.get_args(hint) for name, hint in hints if typing.get_origin(hint) is Literal}
-
-
 def _parse_value(field: str, text: str) -> Any:
     hint = _type_hints()[field]
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -419,10 +275,6 @@ def _parse_value(field: str, text: str) -> Any:
     return text
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _equal_parts(size: int, most: int) -> int:
     """The fewest equal parts of ``size`` that are no longer than ``most``."""
     parts = -(-size // most)
@@ -431,17 +283,8 @@ def _equal_parts(size: int, most: int) -> int:
     return parts
 
 
-def _require(condition: bool, rule: str, config: MixKVQConfig, field: str) -> None:
-    if not condition:
-        raise ConfigError(f"{rule}; {field}={getattr(config, field)!r} was given.")
-
-
-def _join(choices: typing.Iterable[Any]) -> str:
-    return ", ".join(str(choice) for choice in choices)
-
-
 def _unknown(kind: str, name: str, known: typing.Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"There is no {kind} '{name}'.{hint} Known: {_join(known)}."
+    return f"There is no {kind} '{name}'.{hint} Known: {join(known)}."
