@@ -32,7 +32,7 @@ def test_overrides_as_the_command_line_writes_them():
         ("default:debug=maybe", "debug is true or false, not 'maybe'"),
         (
             "default:policy=kiwi",
-            "no policy 'kiwi'. Known: bf16, conf-kv, kitty, kivi, kvmix, kvquant, kvtuner, mixkvq, pm-kvq",
+            "no policy 'kiwi'. Known: bf16, conf-kv, frozen, kitty, kivi, kvmix, kvquant, kvtuner, mixkvq, pm-kvq",
         ),
         ("default:key_group=48", r"key_group divides residual_length \(128\); key_group=48 was given"),
         ("default:key_group=0", "key_group divides"),

@@ -35,6 +35,7 @@ def check(config: MixKVQConfig) -> None:
     _check_types(config)
     _check_sizes(config)
     _check_tiers(config)
+    _check_channels(config)
     policy = policy_class(config.policy)
     _check_eviction(config, evicts=policy.evicts)
     policy.check(config)
@@ -122,6 +123,19 @@ def _check_tiers(config: MixKVQConfig) -> None:
             "budget and thresholds (tau_uint4, tau_bf16) are two ways to plan the same tiers: give one. "
             "To switch a preset over, set the other to none."
         )
+
+
+def _check_channels(config: MixKVQConfig) -> None:
+    if config.channels is None:
+        return
+    heads = config.channels if isinstance(config.channels, (list, tuple)) else [None]
+    valid = all(
+        isinstance(head, (list, tuple))
+        and all(_is_whole(channel) and channel >= 0 for channel in head)
+        and len({*head}) == len(head)
+        for head in heads
+    )
+    _require(valid, "channels is none, or for every KV head a list of channel numbers, each once", config, "channels")
 
 
 def _check_key_axis(config: MixKVQConfig, *, promotes: bool) -> None:

@@ -67,6 +67,8 @@ class MixKVQConfig:
             in the model's type. For the "mixkvq" policy, instead of a budget.
         budget: mean code bits of a key channel; the most salient channels get 4 bits until it is spent.
         budget_scope: "layer" ranks the channels of all KV heads of a layer together, "head" each head's own.
+        channels: for every KV head the key channels that get 4 bits in all blocks. For the "frozen" policy, instead of
+            a budget; calibrations bring these.
         salience: "query" is the paper's ``I_d * S_d``; "error" leaves out the query (its ablation).
         plan_tokens: the length of a sequence at which a cache that narrows as it grows has come to its ``key_bits`` and
             ``value_bits``; it holds no more tokens. For the "pm-kvq" policy.
@@ -107,6 +109,7 @@ class MixKVQConfig:
     tau_bf16: float | None = None
     budget: float | None = None
     budget_scope: Literal["layer", "head"] = "layer"
+    channels: tuple[tuple[int, ...], ...] | None = None
     salience: Literal["query", "error"] = "query"
     plan_tokens: int | None = None
     keep: int | None = None
@@ -125,6 +128,8 @@ class MixKVQConfig:
         for field in ("key_levels", "value_levels"):
             given = getattr(self, field)
             object.__setattr__(self, field, None if given is None else tuple(given))
+        if self.channels is not None:
+            object.__setattr__(self, "channels", tuple(tuple(head) for head in self.channels))
         object.__setattr__(self, "layers", self._checked_layers())
 
     def _checked_layers(self) -> tuple[LayerFields, ...]:

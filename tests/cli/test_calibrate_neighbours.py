@@ -70,3 +70,18 @@ def test_bad_words_for_pm_kvq(chat: Path, tmp_path: Path, arguments: tuple, mess
     result = run("calibrate", "pm-kvq", tmp_path / "pm.json", *words)
     assert result.exit_code != 0
     assert message in said(result)
+
+
+def test_frozen_channels_from_end_to_end(chat: Path, tmp_path: Path):
+    out = tmp_path / "channels.json"
+    result = run("calibrate", "channels", out, "--model", chat, *SHAPE)
+    assert result.exit_code == 0, result.output
+    assert "On text that was not calibrated on" in result.output
+    found = Calibration.read(out)
+    assert (found.kind, found.config.policy) == ("channels", "mixkvq")
+    assert found.config.for_layer(1).policy == "frozen"
+    used = run("fidelity", "--model", chat, *SHAPE, "--cache", out)
+    assert used.exit_code == 0, used.output
+    refused = run("calibrate", "channels", out, "--model", chat, *SHAPE, "--cache", "kivi-2")
+    assert refused.exit_code == 2
+    assert "ranks them within a budget" in said(refused)

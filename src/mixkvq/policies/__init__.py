@@ -4,6 +4,7 @@ from mixkvq.policies.base import KeyBlock, PlanRule, Policy
 from mixkvq.policies.bf16 import BF16
 from mixkvq.policies.conf_kv import ConfKV
 from mixkvq.policies.evicting import EvictingPolicy
+from mixkvq.policies.frozen import Frozen
 from mixkvq.policies.kitty import Kitty
 from mixkvq.policies.kivi import KIVI
 from mixkvq.policies.kvmix import KVmix
@@ -17,7 +18,7 @@ from mixkvq.policies.window import Window
 #: Adding a policy is one file and one line here; the CLI, the fidelity table and the tests' matrix follow.
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
-    for policy in (MixKVQ, KIVI, Kitty, KVmix, KVTuner, PMKVQ, ConfKV, Window, RotateKV, KVQuant, BF16)
+    for policy in (MixKVQ, KIVI, Kitty, KVmix, KVTuner, PMKVQ, ConfKV, Window, RotateKV, KVQuant, Frozen, BF16)
 }
 
 
