@@ -57,7 +57,9 @@ def test_a_tolerance_instead_of_bits(chat: Path, tmp_path: Path):
     [
         (("--bits", 2), "2 bits are below the floor of"),
         (("--kl", 1e-12), "No bits by layer keep the KL within 1e-12"),
-        (("--bits", 3, "--kl", 1), "Give --bits or --kl, not both"),
+        (("--bits", 3, "--kl", 1), "Give one of --bits, --kl and --lost"),
+        (("--lost", 1), "--lost and --problems go together"),
+        (("--problems", 1), "--lost and --problems go together"),
         (("--cache", "kivi-2"), "a cache with a budget of key channels"),
         (("--window", 200), "take at least 256 tokens"),
         (("--window", 4000, "--text", "SHORT"), "has one window of 4000 tokens, and two are needed"),
@@ -134,6 +136,18 @@ def test_searched_thresholds_from_end_to_end(chat: Path, tmp_path: Path):
     assert len(points) == 12
     assert points[0]["params"] == pytest.approx({"bf16_share": 0.01, "uint4_share": 0.53})
     assert run("fidelity", "--model", chat, *TINY, "--cache", out).exit_code == 0
+
+
+def test_bits_within_lost_points(chat: Path, problems: Path, tmp_path: Path):
+    out = tmp_path / "found.json"
+    scored = ("--lost", 5, "--problems", 2, "--data-dir", problems, "--max-new-tokens", 3)
+    result = run("calibrate", "budget", out, "--model", chat, *TINY, *scored)
+    assert result.exit_code == 0, result.output
+    assert "0.0% of 2 problems are right in full precision" in said(result)
+    found = Calibration.read(out)
+    # A random model loses nothing, however few the bits.
+    assert found.results["found"]["bits"] < 3.6
+    assert (found.about["problems"], found.about["data_dir"]) == (2, problems.name)
 
 
 @pytest.fixture

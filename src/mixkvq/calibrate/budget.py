@@ -251,11 +251,21 @@ def _mean(texts: Sequence[dict[str, Any]], weights: Sequence[float]) -> tuple[li
 
 
 def smallest(
-    menu: Menu, tolerance: float, kl_of: Callable[[Choice], float], *, step: float = 0.02, tries: int = 6
+    menu: Menu,
+    tolerance: float,
+    loss_of: Callable[[Choice], float],
+    what: str = "the KL",
+    *,
+    step: float = 0.02,
+    tries: int = 6,
 ) -> tuple[Choice, float]:
-    """The choice of fewest bits whose KL, as ``kl_of`` measures it, is within ``tolerance`` nats per token.
+    """The choice of fewest bits whose loss, as ``loss_of`` measures it, is within a tolerance.
 
-    What is measured is a nearly constant multiple of what is predicted, so a few measurements do.
+    A KL is a nearly constant multiple of what is predicted, so a few measurements do. Other losses are only taken to
+    rise and fall with it.
+
+    Args:
+        what: the loss's name for a message.
 
     Raises:
         CalibrationError: not even the largest options are within it.
@@ -265,17 +275,17 @@ def smallest(
     for _ in range(tries):
         bits = _bits_for(menu, tolerance / ratio, low, high, step)
         choice = menu.choose(bits)
-        kl = kl_of(choice)
-        ratio = max(kl / choice.predicted, 1e-3)
-        if kl <= tolerance:
-            best, high = (choice, kl), min(high, choice.bits)
+        loss = loss_of(choice)
+        ratio = max(loss / choice.predicted, 1e-3)
+        if loss <= tolerance:
+            best, high = (choice, loss), min(high, choice.bits)
         else:
             low = max(low, choice.bits + step)
         if low >= high - step / 2:
             break
     if best is None:
         raise CalibrationError(
-            f"No bits by layer keep the KL within {tolerance:g}: at {menu.ceiling:.2f} bits, the most that layers can "
+            f"No bits by layer keep {what} within {tolerance:g}: at {menu.ceiling:.2f} bits, the most that layers can "
             f"have, about {ratio * menu.choose(menu.ceiling).predicted:.2g} are predicted. Allow more."
         )
     return best

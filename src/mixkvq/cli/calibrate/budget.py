@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from transformers import PreTrainedTokenizerBase
 
-from mixkvq.calibrate.budget import Choice, Menu, Text, check_base, key_options, measure_menu, smallest, value_options
+from mixkvq.calibrate.budget import Choice, Text, check_base, key_options, measure_menu, smallest, value_options
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.judge import Judge
@@ -24,6 +23,7 @@ from mixkvq.cli.calibrate.common import (
     kept,
     write,
 )
+from mixkvq.cli.calibrate.exam import BatchOption, DataDirOption, NewTokensOption, about_exam, exam
 from mixkvq.cli.common import (
     CacheHelp,
     DeviceOption,
@@ -62,6 +62,16 @@ def budget(
     kl: Annotated[
         float | None, typer.Option(help="Instead of bits: spend as few as keep the KL within so many nats per token.")
     ] = None,
+    lost: Annotated[
+        float | None,
+        typer.Option(help="Instead of bits: as few as lose at most so many points of right answers to --problems."),
+    ] = None,
+    problems: Annotated[
+        int | None, typer.Option(help="Training problems of GSM8K for --lost.", show_default="none")
+    ] = None,
+    data_dir: DataDirOption = None,
+    batch: BatchOption = 32,
+    max_new_tokens: NewTokensOption = None,
     text: TextOption = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     count: WindowsOption = 2,
@@ -87,8 +97,11 @@ def budget(
         check_writable(out)
         base = MixKVQConfig.parse(cache)
         check_base(base)
-        if bits is not None and kl is not None:
-            raise CalibrationError("Give --bits or --kl, not both.")
+        if sum(goal is not None for goal in (bits, kl, lost)) > 1:
+            raise CalibrationError("Give one of --bits, --kl and --lost.")
+        if (lost is None) != (problems is None):
+            raise CalibrationError("--lost and --problems go together: so many points, of so many problems.")
+        scored = exam(problems, data_dir, batch, max_new_tokens)
         check_window(window)
         merged = reasoner_adapter(adapter, model) if reasoner else None
         about = {
@@ -101,6 +114,7 @@ def budget(
             "windows": count,
             "reasoner": reasoner,
             "seed": seed,
+            **about_exam(problems, data_dir, batch, max_new_tokens),
             "options": {"keys": key_options(base), "values": value_options()},
         }
         journal = Trials(trials, about)
@@ -126,13 +140,22 @@ def budget(
             )
         menu = dataclasses.replace(menu, exact=tuple(exact or ()))
         plain = held_out(judge, "uniform", base)
-        choice, found = _search(
-            menu,
-            bits,
-            kl,
-            plain["bits"],
-            lambda name, it: held_out(judge, name, it.config(base, network)),
-        )
+
+        def check(it: Choice) -> dict[str, float]:
+            return held_out(judge, f"{it.bits:.3f} bits", it.config(base, network))
+
+        if kl is not None:
+            choice, _ = smallest(menu, kl, lambda it: check(it)["kl"])
+        elif lost is not None and scored is not None:
+            right = scored.examiner(network, tokenizer, model, dtype, journal)
+            full = right(MixKVQConfig.preset("bf16"))
+            output.print(f"{full:.1%} of {problems} problems are right in full precision")
+            choice, _ = smallest(
+                menu, lost, lambda it: 100 * (full - right(it.config(base, network))), "the lost points"
+            )
+        else:
+            choice = menu.choose(plain["bits"] if bits is None else bits)
+        found = check(choice)
         results = {
             "uniform": plain,
             "found": found,
@@ -151,23 +174,3 @@ def _chains(tokenizer: PreTrainedTokenizerBase, base: MixKVQConfig, count: int, 
         )
         for i, chain in enumerate(chains)
     ]
-
-
-def _search(
-    menu: Menu,
-    bits: float | None,
-    kl: float | None,
-    default_bits: float,
-    check: Callable[[str, Choice], dict[str, float]],
-) -> tuple[Choice, dict[str, float]]:
-    if kl is None:
-        choice = menu.choose(default_bits if bits is None else bits)
-        return choice, check(f"{choice.bits:.3f} bits", choice)
-    checked: dict[float, dict[str, float]] = {}
-
-    def kl_of(choice: Choice) -> float:
-        checked[choice.bits] = check(f"{choice.bits:.3f} bits", choice)
-        return checked[choice.bits]["kl"]
-
-    choice, _ = smallest(menu, kl, kl_of)
-    return choice, checked[choice.bits]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from mixkvq.bench.environment import environment
 from mixkvq.calibrate.errors import CalibrationError
@@ -31,6 +31,7 @@ from mixkvq.cli.calibrate.common import (
     kept,
     write,
 )
+from mixkvq.cli.calibrate.exam import BatchOption, DataDirOption, NewTokensOption, about_exam, exam
 from mixkvq.cli.common import (
     DeviceOption,
     JsonOption,
@@ -46,16 +47,11 @@ from mixkvq.cli.common import (
     write_json,
 )
 from mixkvq.config import MixKVQConfig
-from mixkvq.evaluate.answers import Settings
-from mixkvq.evaluate.runner import Run
-from mixkvq.evaluate.tasks import Mathematics, Task
 from mixkvq.evaluate.texts import windows
 from mixkvq.models import DEFAULT_MODEL
 from mixkvq.report.fidelity import KL
 from mixkvq.report.tables import calibration_table, front_table
 
-#: Problems that accuracy is searched on; those of ``mixkvq eval gsm8k`` are to judge on.
-PROBLEMS = "gsm8k-train"
 #: The axes of a front.
 CODE_BITS, WRONG = "code bits of a key channel", "wrong answers"
 
@@ -74,11 +70,9 @@ def thresholds(
         int | None,
         typer.Option(help="Score a search on so many training problems of GSM8K.", show_default="KL on text"),
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="A folder with gsm8k_train.jsonl.", show_default="the Hugging Face hub")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Answers that are written together.")] = 32,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = None,
+    data_dir: DataDirOption = None,
+    batch: BatchOption = 32,
+    max_new_tokens: NewTokensOption = None,
     text: TextOption = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     count: Annotated[
@@ -110,32 +104,26 @@ def thresholds(
         check_writable(out)
         check_plot(plot)
         check_window(window)
-        if data_dir is not None and problems is None:
-            raise CalibrationError("--data-dir has problems: say how many to score the search on with --problems.")
-        task = None if problems is None else Mathematics(PROBLEMS, folder=data_dir, count=problems)
+        scored = exam(problems, data_dir, batch, max_new_tokens)
         measured = {
             **inputs(model, text),
             "dtype": dtype,
             "window": window,
             "windows": count,
-            "problems": problems,
-            "data_dir": None if data_dir is None else data_dir.resolve().name,
-            "batch": None if problems is None else batch,
-            "max_new_tokens": max_new_tokens,
+            **about_exam(problems, data_dir, batch, max_new_tokens),
         }
         journal = Trials(trials, measured)
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
         # As many again as asked for: on the second half it is checked what was found on the first.
         searched, judged = halves(windows(tokenizer, text or [None], window, 2 * count))
         ranked = _saliences(network, searched)
-        if task is None:
+        if scored is None:
             score = _by_text(network, searched, journal)
         else:
-            settings = Settings(model or DEFAULT_MODEL, None, dtype, max_new_tokens, 0.0, 1.0, seed=0)
-            score = _by_answers(network, tokenizer, task, settings, batch, journal)
+            score = _by_answers(scored.examiner(network, tokenizer, model, dtype, journal))
         points = _search(network, ranked, score, largest_shares(bits), start, seed, tries)
-        label, axis = ("KL", KL) if task is None else (WRONG, WRONG)
-        _show(points, plot, label, axis, log_y=task is None)
+        label, axis = ("KL", KL) if scored is None else (WRONG, WRONG)
+        _show(points, plot, label, axis, log_y=scored is None)
         best = best_within(points, bits)
         judge = Judge(network, judged, journal, "held out")
         found = at_shares(ranked, **best.params)
@@ -189,15 +177,7 @@ def _by_text(model: PreTrainedModel, tokens: Tensor, journal: Trials) -> Score:
     return score
 
 
-def _by_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    settings: Settings,
-    batch: int,
-    journal: Trials,
-) -> Score:
-    examiner = Examiner(Run(model, tokenizer, task, settings, batch=batch), journal)
+def _by_answers(examiner: Examiner) -> Score:
     return lambda config, found: (found.bits, 1 - examiner(config))
 
 
