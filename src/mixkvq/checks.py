@@ -38,6 +38,7 @@ def check(config: MixKVQConfig) -> None:
     _check_channels(config)
     policy = policy_class(config.policy)
     _check_eviction(config, evicts=policy.evicts)
+    _check_owners(config)
     policy.check(config)
     promotes = bool(policy(config).promoted_bits)
     _check_key_axis(config, promotes=promotes)
@@ -123,6 +124,13 @@ def _check_tiers(config: MixKVQConfig) -> None:
             "budget and thresholds (tau_uint4, tau_bf16) are two ways to plan the same tiers: give one. "
             "To switch a preset over, set the other to none."
         )
+
+
+def _check_owners(config: MixKVQConfig) -> None:
+    """Refuse fields of one policy in another's configuration."""
+    for field, owner in (("channels", "frozen"), ("plan_tokens", "pm-kvq")):
+        if getattr(config, field) is not None and config.policy != owner:
+            raise ConfigError(f"{field} is for the {owner} policy: leave it out of one of the {config.policy} policy.")
 
 
 def _check_channels(config: MixKVQConfig) -> None:

@@ -168,6 +168,24 @@ def test_what_cannot_be_taken_back_is_refused(model, text: str):
         cache.crop(-3)
 
 
+def test_where_one_layer_cannot_be_cropped_none_is(model):
+    cache = MixKVQCache(model.config, "conf-kv-l:keep=128,keep_confident=128,protected=8")
+    generate(model, prompt(length=110), cache, max_new_tokens=2)
+    assert [len(lengths) for lengths in held(cache)] == [1, 1]
+    assert held(cache)[0][0] == 111 > held(cache)[1][0]  # the second layer keeps 96
+    with pytest.raises(NotImplementedError, match="were evicted and do not come back"):
+        cache.crop(-3)
+    assert held(cache)[0] == [111]
+    assert {layer.get_seq_length() for layer in cache.layers} == {111}
+
+
+def test_what_is_protected_is_kept_in_every_layer(model):
+    cache = MixKVQCache(model.config, "conf-kv-l:protected=160")
+    assert [layer.config.keep_confident for layer in cache.quantized_layers] == [256, 181]
+    cache = MixKVQCache(model.config, "conf-kv-l:protected=200")
+    assert [layer.config.keep_confident for layer in cache.quantized_layers] == [256, 200]
+
+
 def test_fidelity_feeds_small_pieces_with_the_models_own_confidence(model):
     window = prompt(length=300)
     assert appends(50, MixKVQConfig.preset("conf-kv")) == [(0, 16), (16, 32), (32, 48), (48, 50)]

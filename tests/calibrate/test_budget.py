@@ -147,6 +147,12 @@ def test_the_fewest_bits_within_a_tolerance(ratio: float):
     assert len(measured) <= 6
 
 
+def test_nothing_may_be_lost_and_nothing_is():
+    choice, loss = smallest(menu(), 0.0, lambda _: -1.0, "the lost points")
+    assert loss == -1
+    assert choice.bits < menu().floor + 0.2
+
+
 def test_a_tolerance_that_nothing_keeps():
     with pytest.raises(CalibrationError, match=r"No bits by layer keep the KL within 1e-09: at 8.25 bits"):
         smallest(menu(), 1e-9, lambda choice: choice.predicted)

@@ -9,6 +9,7 @@ from mixkvq.calibrate.channels import frozen_channels, mean_saliences
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.layers import with_layers
 from mixkvq.evaluate.fidelity import fidelity
+from mixkvq.layers.recipe import Recipe, fits_fixed
 from mixkvq.policies import KeyBlock, policy_class
 from models import VOCABULARY, tiny_model
 
@@ -24,12 +25,21 @@ def test_the_most_salient_of_a_layer_by_hand():
     assert fields[4] == {**FIELDS, "channels": ((0, 1), ())}
 
 
+def test_heads_that_rank_their_own():
+    saliences = {0: torch.tensor([[0.1, 9, 7, 0.3], [0.1, 0.2, 0.3, 0.4]])}
+    assert frozen_channels(saliences, BASE)[0]["channels"] == ((1, 2), ())
+    assert frozen_channels(saliences, BASE.replace(budget_scope="head"))[0]["channels"] == ((1,), (3,))
+
+
 def test_every_block_gets_them():
     config = BASE.replace(**FIELDS, channels=[[1, 5], []])
     policy = policy_class("frozen")(config)
     bits = policy.plan(KeyBlock(torch.randn(3, 2, 32, 8), None))
     assert bits.tolist() == [[[2, 4, 2, 2, 2, 4, 2, 2], [2] * 8]] * 3
     assert policy.promoted_channels(2, 8) == {4: 2}
+    recipe = Recipe.of(config, policy, 2, 8, 8, torch.float32)
+    assert recipe.plan(torch.randn(3, 2, 32, 8), None).is_contiguous()  # as kernels read it
+    assert not fits_fixed(config, torch.device("cpu"))
     cache = layer_cache(config, step := random_step(2, 100))
     cache.append(step)
     assert cache.memory().key_bits_codes == 2 + 2 * 2 / 32
@@ -55,6 +65,7 @@ def test_from_a_text_to_a_cache():
         ({"channels": 3}, "channels is none, or for every KV head"),
         ({"channels": [[0], []], "budget": 2.5}, "leave budget and thresholds out"),
         ({"channels": [[0], []], "key_bits": 3}, "promotes channels above key_bits=2, not 3"),
+        ({"channels": [[0], []], "policy": "kivi"}, "channels is for the frozen policy: leave it out"),
     ],
 )
 def test_bad_channels(changes: dict, message: str):

@@ -76,9 +76,11 @@ class MixKVQLM(HFLM):
             if held_rows == rows and held_length >= length:
                 return cache
         self._fixed = None  # first: there may not be room for both
-        cache = fixed_cache(self.model, self.cache_config, rows, length)
-        self._fixed = (rows, length), cache
-        return cache
+        fixed = fixed_cache(self.model, self.cache_config, rows, length)
+        if fixed is None:
+            return MixKVQCache(self.model.config, self.cache_config)
+        self._fixed = (rows, length), fixed
+        return fixed
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -104,10 +106,10 @@ class MixKVQLM(HFLM):
             if start == stop:
                 continue
             output = self.model(tokens[None, start:stop], past_key_values=cache, use_cache=True)
-            cache.observe(output.logits)
             logits = output.logits[0]
             first = max(start, begin)
             if first < stop:
+                cache.observe(output.logits)  # the context was a prompt, and no step
                 predicted, targets = F.log_softmax(logits[first - start :].float(), -1), tokens[first + 1 : stop + 1]
                 nats += F.nll_loss(predicted, targets, reduction="sum").item()
                 greedy &= bool((predicted.argmax(-1) == targets).all())

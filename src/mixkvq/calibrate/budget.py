@@ -18,6 +18,7 @@ from mixkvq.calibrate.layers import quantized_layers, with_layers
 from mixkvq.calibrate.sensitivity import layer_costs
 from mixkvq.calibrate.trials import Trials
 from mixkvq.config import MixKVQConfig
+from mixkvq.store import MemoryReport
 
 #: Budgets of key channels to choose from.
 KEY_BUDGETS = (2.25, 2.5, 2.84, 3.25, 3.6, 4.0)
@@ -221,13 +222,15 @@ def _measure(
     widths = len(VALUE_BITS)
     for at, option in enumerate(options := key_options(base)):
         config = base.replace(**option, **value_options()[min(at, widths - 1)])
+        memory = MemoryReport()
         for tape in tapes:
             costs = layer_costs(tape, config, text.bounds)
+            memory += costs.memory
             for row, layer in enumerate(tape.layers):
                 keys[layer].append(float(costs.keys[row]))
                 values[layer].append(float(costs.values[row]))
-        key_bits.append(costs.memory.key_bits)
-        value_bits.append(costs.memory.value_bits)
+        key_bits.append(memory.key_bits)
+        value_bits.append(memory.value_bits)
         advance(f"option {at + 1} of {len(options)}")
     return {
         "keys": [keys[layer] for layer in layers],
@@ -273,7 +276,8 @@ def smallest(
     ratio, best = 1.0, None
     low, high = menu.floor, menu.ceiling
     for _ in range(tries):
-        bits = _bits_for(menu, tolerance / ratio, low, high, step)
+        # Nothing is predicted to cost nothing: halve what is left.
+        bits = _bits_for(menu, tolerance / ratio, low, high, step) if tolerance > 0 else (low + high) / 2
         choice = menu.choose(bits)
         loss = loss_of(choice)
         ratio = max(loss / choice.predicted, 1e-3)

@@ -16,6 +16,7 @@ from mixkvq.calibrate.observe import observed
 from mixkvq.config import PROMOTED_BITS, MixKVQConfig
 from mixkvq.policies import KeyBlock
 from mixkvq.policies.mixkvq import MixKVQ
+from mixkvq.policies.tiers import promote_top
 from mixkvq.quant.salience import QueryStatistics
 
 
@@ -76,12 +77,10 @@ class _Observer:
 
 def frozen_channels(saliences: dict[int, Tensor], base: MixKVQConfig) -> dict[int, dict[str, Any]]:
     """Fields of each layer: the most salient channels, as many as the budget of ``base`` affords, by KV head."""
-    policy, fields = MixKVQ(base), {}
+    assert base.budget is not None
+    fields = {}
     for layer, salience in saliences.items():
-        counts = policy.promoted_channels(*salience.shape)
-        assert counts is not None
-        top = salience.flatten().topk(counts[PROMOTED_BITS]).indices
-        chosen = torch.zeros(salience.numel(), dtype=torch.bool).index_fill(0, top, True).view_as(salience)
+        chosen = promote_top(salience[None], base.key_bits, base.budget, base.budget_scope)[0] == PROMOTED_BITS
         channels = tuple(tuple(head.nonzero().flatten().tolist()) for head in chosen)
         fields[layer] = {"policy": "frozen", "budget": None, "channels": channels}
     return fields

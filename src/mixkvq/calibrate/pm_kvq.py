@@ -15,6 +15,7 @@ from mixkvq.calibrate.layers import quantized_layers
 from mixkvq.calibrate.sensitivity import weighed_errors
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate.fidelity import appends
+from mixkvq.store import MemoryReport
 
 #: Gradients of the first tokens' losses are left out, as few tokens come before them.
 FIRST = 128
@@ -38,6 +39,11 @@ def stretched(model: PreTrainedModel, factor: float) -> Iterator[None]:
         raise CalibrationError(
             f"Positions are stretched by their rotary embedding, and this {model.config.model_type} model has none: "
             "give --stretch 1."
+        )
+    if factor != 1 and any("longrope" in str(getattr(module, "rope_type", "")) for module in model.modules()):
+        raise CalibrationError(
+            f"The rotary embedding of this {model.config.model_type} model sets its frequencies anew at every pass "
+            "(longrope), so that positions cannot be stretched: give --stretch 1."
         )
     before = [each.clone() for each in frequencies]
     for each in frequencies:
@@ -78,11 +84,13 @@ def sensitivities(
             tapes = record(model, tokens, FIRST, bounds, None)
         for at, width in enumerate(widths):
             config = base.replace(policy="kivi", plan_tokens=None, key_bits=width, value_bits=width)
+            memory = MemoryReport()
             for tape in tapes:
                 costs = weighed_errors(tape, config, bounds, lambda products: products.abs().sum((1, 2, 3)).mean())
-                bits[at] = costs.memory.bits
+                memory += costs.memory
                 for row, layer in enumerate(tape.layers):
                     found[layer][at] += float(costs.keys[row] + costs.values[row]) / len(texts)
+            bits[at] = memory.bits
         advance()
     return found, bits
 

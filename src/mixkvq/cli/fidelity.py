@@ -86,8 +86,6 @@ def fidelity(
                 f"first {measure.WARM_UP} are not scored), and at least one."
             )
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
-        if suite:
-            configs |= {name: config for name, config in _suite(network, window).items() if name not in configs}
         limit = context_length(network)
         if limit is not None and window > limit:
             raise InputError(f"--window {window} is longer than the model's context of {limit} tokens.")
@@ -95,6 +93,9 @@ def fidelity(
         longest = max((len(chain.tokens) for chain in encoded), default=0)
         if limit is not None and longest > limit:
             raise InputError(f"--reasoner: chains of {longest} tokens are longer than the model's context of {limit}.")
+        if suite:
+            found = _suite(network, max(window, longest))
+            configs |= {name: config for name, config in found.items() if name not in configs}
         tokens = windows(tokenizer, text or [None], window, count)
         with progress() as bar:
             task = bar.add_task("reading", total=len(tokens) * (len(configs) + 1))
@@ -107,17 +108,14 @@ def fidelity(
         write_json(json_file, [{**row.as_dict(), **chains.get(row.cache, {}), **about} for row in rows])
 
 
-def _suite(model: PreTrainedModel, window: int) -> dict[str, MixKVQConfig]:
+def _suite(model: PreTrainedModel, length: int) -> dict[str, MixKVQConfig]:
     """Every system once: presets but those of the paper's other models, and calibrations for this one.
 
-    Caches that narrow as they grow are planned for the length of a window.
+    Caches that narrow as they grow are planned for so many tokens.
     """
-    presets = [
-        name if preset.fields.get("plan_tokens") is None else f"{name}:plan_tokens={window}"
-        for name, preset in all_presets().items()
-        if name not in ELSEWHERE
-    ]
-    configs = parse_caches([*presets, *shipped()])
+    names = [*(name for name in all_presets() if name not in ELSEWHERE), *shipped()]
+    planned = [name for name, config in parse_caches(names).items() if config.plan_tokens is not None]
+    configs = parse_caches([f"{name}:plan_tokens={length}" if name in planned else name for name in names])
     return {name: config for name, config in configs.items() if config.model in (None, model_shape(model.config))}
 
 

@@ -21,6 +21,7 @@ from mixkvq.evaluate.answers import Answer, AnswerFile, Settings, config_fields
 from mixkvq.evaluate.chains import end_of_turn, prompt_tokens
 from mixkvq.evaluate.errors import EvaluationError
 from mixkvq.evaluate.tasks import Question, Task
+from mixkvq.layers.recipe import fits_fixed
 from mixkvq.models import attention, context_length
 
 #: Habits that a model's own generation settings may have, switched off: they are not part of any task.
@@ -190,8 +191,8 @@ class Run:
                 fixed.reset()
             yield [self._judge(name, config, item, each) for item, each in zip(batch, written, strict=True)]
 
-    def _static_cache(self, config: MixKVQConfig) -> MixKVQStaticCache:
-        """A cache with room for any batch."""
+    def _static_cache(self, config: MixKVQConfig) -> MixKVQStaticCache | None:
+        """A cache with room for any batch, or None where none of a fixed size serves."""
         longest = max(max(len(x.prompt) for x in batch) + max(x.limit for x in batch) for batch in self.batches)
         return fixed_cache(self.model, config, self.batch, longest)
 
@@ -211,7 +212,7 @@ class Run:
             **PLAIN,
         )
         memory = cache.memory()
-        bits = memory.size_bits if memory.packed_keys or memory.evicted else None
+        bits = memory.size_bits if memory.packed_keys or memory.evicts else None
         rows = out[:, ids.shape[1] :].tolist()
         return [self._cut(row, item.limit, bits) for row, item in zip(rows, batch, strict=True)]
 
@@ -248,11 +249,13 @@ class Run:
         )
 
 
-def fixed_cache(model: PreTrainedModel, config: MixKVQConfig, rows: int, length: int) -> MixKVQStaticCache:
-    """A cache of a fixed size for so many sequences of so many tokens each.
+def fixed_cache(model: PreTrainedModel, config: MixKVQConfig, rows: int, length: int) -> MixKVQStaticCache | None:
+    """A cache of a fixed size for so many sequences of so many tokens each, or None where none serves.
 
     All of them are as long as the longest: one that came to its end is padded until the others do.
     """
+    if not fits_fixed(config, model.device):
+        return None
     pages = -(-length // config.residual_length)
     return MixKVQStaticCache(model.config, config, max_tokens=rows * pages * config.residual_length)
 

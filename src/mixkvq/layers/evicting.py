@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,19 +173,27 @@ class EvictingCache:
         """Remove the last ``removed[b]`` tokens of every sequence; the attention that they gave stays counted.
 
         Raises:
-            NotImplementedError: of such a sequence tokens were evicted, and shorter it would have others.
+            NotImplementedError: as :meth:`check_crop`.
         """
+        self.check_crop([row for row, count in enumerate(removed) if count])
         for row, count in enumerate(removed):
+            if count:
+                self.store.rows[row] = self.store.rows[row].without_last(count)
+
+    def check_crop(self, rows: Iterable[int]) -> None:
+        """Refuse to make sequences shorter of which tokens were evicted: shorter they would have others.
+
+        Raises:
+            NotImplementedError: there is one.
+        """
+        for row in rows:
             held = self.store.rows[row]
-            if count and held.seen > held.length:
+            if held.seen > held.length:
                 raise NotImplementedError(
                     f"crop: {held.seen - held.length} of the {held.seen} tokens of sequence {row} were evicted and do "
                     "not come back, so it cannot be made shorter. Begin anew with reset(), or use a cache that keeps "
                     "all tokens, such as 'default'."
                 )
-        for row, count in enumerate(removed):
-            if count:
-                self.store.rows[row] = self.store.rows[row].without_last(count)
 
     def memory(self) -> MemoryReport:
         """Bytes held, by part."""

@@ -26,9 +26,9 @@ from mixkvq.store.packing import write_blocks
 class NarrowingCache(LayerCache):
     """Pages start at 16 bits, and all of them narrow together, as far as the configuration's own width.
 
-    Tokens become codes once, at 8 bits; from then on only integers change. Pages, spare ones included, never hold more
-    than those of ``plan_tokens`` tokens of every sequence at the last width. While they are rewritten, old and new ones
-    are held at once.
+    Tokens become codes once, at 8 bits; from then on only integers change. As tokens come, pages, spare ones included,
+    never hold more than those of ``plan_tokens`` tokens of every sequence at the last width. While they are rewritten,
+    old and new ones are held at once.
     """
 
     @ordinary_tensors
@@ -70,7 +70,7 @@ class NarrowingCache(LayerCache):
         if not fitting:
             raise CacheFullError(
                 f"The cache was planned for {self.plan_tokens:,} tokens of each sequence at {widths[-1]} bits, and "
-                "there would be more: give it a larger plan_tokens."
+                "there would be more: give a new one a larger plan_tokens."
             )
         while self.width != fitting[0]:
             self._narrow()

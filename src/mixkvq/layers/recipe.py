@@ -122,7 +122,7 @@ class Recipe:
                 f"The policy {type(self.policy).__name__} planned {bits.dtype} {list(bits.shape)} with the widths "
                 f"{bits.unique().tolist()}; a plan is uint8 {list(wanted)}, of the widths {list(allowed)}."
             )
-        return bits
+        return bits.contiguous()  # kernels read it as it lies
 
     def quantize(
         self, keys: Tensor, values: Tensor, bits: Tensor, statistics: QueryStatistics | None
@@ -308,6 +308,15 @@ def expected_bits(
     page = MemoryReport(layout.part_bytes(promoted or {}))
     page.packed_keys = page.packed_values = kv_heads * layout.tokens * head_dim
     return page.key_bits, page.value_bits, promoted is not None
+
+
+def fits_fixed(config: MixKVQConfig, device: torch.device) -> bool:
+    """Whether a cache of a fixed size serves a configuration on a device; the growing one serves all."""
+    for own in [config.for_layer(i) for i in range(len(config.layers))] or [config]:
+        policy = policy_class(own.policy)(own)
+        if policy.evicts or policy.rule is None or (has_kernels(device) and expected_kernel(own, 2, 16) == "torch"):
+            return False
+    return True
 
 
 def expected_kernel(config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> str:

@@ -68,9 +68,10 @@ class ConfKV(EvictingPolicy):
             return config
         assert config.keep is not None
         assert config.keep_confident is not None
+        least, decay = config.sinks + config.protected, config.keep_decay
         return config.replace(
-            keep=layer_budget(config.keep, config.keep_decay, index, count),
-            keep_confident=layer_budget(config.keep_confident, config.keep_decay, index, count),
+            keep=max(least, layer_budget(config.keep, decay, index, count)),
+            keep_confident=max(least, layer_budget(config.keep_confident, decay, index, count)),
             keep_decay=1.0,
         )
 

@@ -23,6 +23,11 @@ UNSERVED = (
     "value_unbiased",
     "value_symmetric",
     "value_rotation",
+    "key_axis",
+    "key_rotation",
+    "key_levels",
+    "value_levels",
+    "outliers",
 )
 
 

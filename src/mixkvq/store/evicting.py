@@ -215,7 +215,7 @@ class EvictingStore:
 
     def memory(self) -> MemoryReport:
         """Bytes held, by part; tensors that sequences share count once."""
-        report = MemoryReport()
+        report = MemoryReport(evicts=True)
         shared = {id(tensor): (part, tensor) for row in self.rows for part, tensor in row.parts()}
         for part, tensor in shared.values():
             report.parts[part] += tensor.nbytes

@@ -39,6 +39,7 @@ class MemoryReport:
     value_code_bits: int = 0
     elements: int = 0
     evicted: int = 0
+    evicts: bool = False
 
     def __add__(self, other: MemoryReport) -> MemoryReport:
         return MemoryReport(
@@ -49,6 +50,7 @@ class MemoryReport:
             self.value_code_bits + other.value_code_bits,
             self.elements + other.elements,
             self.evicted + other.evicted,
+            self.evicts or other.evicts,
         )
 
     def check(self, tensors: Iterable[Tensor]) -> None:
@@ -98,10 +100,10 @@ class MemoryReport:
 
     @property
     def size_bits(self) -> float:
-        """What caches are compared by: :attr:`bits`, or :attr:`bits_held` where tokens were evicted, or none packed:
-        then what is packed says nothing of the tokens seen.
+        """What caches are compared by: :attr:`bits`, or :attr:`bits_held` of a cache that evicts tokens, or has none
+        packed: then what is packed says nothing of the tokens seen.
         """
-        return self.bits_held if self.evicted or not self.packed_keys else self.bits
+        return self.bits_held if self.evicts or not self.packed_keys else self.bits
 
 
 def packed_report(layout: PageLayout, pages: int, promoted: dict[int, int]) -> MemoryReport:

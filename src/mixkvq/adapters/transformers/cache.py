@@ -14,6 +14,7 @@ from mixkvq.adapters.transformers.layer import MixKVQLayer
 from mixkvq.adapters.transformers.masks import MaskReader
 from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, settings
 from mixkvq.config import MixKVQConfig
+from mixkvq.layers import EvictingCache
 from mixkvq.policies import Policy
 from mixkvq.policies.conf_kv import confidence
 from mixkvq.store import MemoryReport
@@ -84,6 +85,13 @@ class MixKVQCache(Cache):
         if isinstance(keys, Tensor):
             keys._mixkvq = True  # type: ignore[attr-defined]  # not a stock cache: see `attention.py`
         return keys, values
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Remove the last tokens, in all layers or, where one cannot, in none; see :meth:`MixKVQLayer.crop`."""
+        for layer in self.quantized_layers:
+            if isinstance(layer.cache, EvictingCache):
+                layer.cache.check_crop(range(layer.cache.store.batch))
+        super().crop(*args, **kwargs)
 
     def _is_torn(self) -> bool:
         """Whether some layers have taken tokens of the last forward pass and others have not."""
