@@ -80,7 +80,11 @@ def kernel_config(request: pytest.FixtureRequest) -> MixKVQConfig:
     return MixKVQConfig.parse(request.param)
 
 
-@pytest.fixture(params=[text for text in CONFIGS if has_rule(MixKVQConfig.parse(text))])
+#: Those whose bits a device can decide.
+WITH_RULES = [text for text in CONFIGS if has_rule(MixKVQConfig.parse(text))]
+
+
+@pytest.fixture(params=WITH_RULES)
 def static_config(request: pytest.FixtureRequest) -> MixKVQConfig:
     """Those that a cache of a fixed size serves."""
     return MixKVQConfig.parse(request.param)

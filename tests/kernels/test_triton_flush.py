@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from conftest import CONFIGS, layer_cache, random_step
+from conftest import WITH_RULES, layer_cache, random_step
 from mixkvq import MixKVQConfig
 from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.kernels.triton import available
@@ -281,7 +281,7 @@ def random_statistics(batch: int, kv_heads: int, dim: int) -> QueryStatistics:
     return statistics
 
 
-@pytest.mark.parametrize("text", [*CONFIGS, "paper-r1-qwen-14b", "default:salience=error", "default:budget=2.0"])
+@pytest.mark.parametrize("text", [*WITH_RULES, "paper-r1-qwen-14b", "default:salience=error", "default:budget=2.0"])
 @pytest.mark.parametrize("shape", [(2, 16), (3, 24), (1, 5), (8, 64)])
 def test_plans_are_the_policy_s(text: str, shape: tuple[int, int]):
     config, (kv_heads, dim) = MixKVQConfig.parse(text), shape
@@ -368,9 +368,9 @@ def test_a_rule_is_the_policy_s_own():
     assert Named(config).rule == MixKVQ(config).rule == PlanRule("salience", budget=2.84, scope="layer")
 
 
-def test_a_rule_counts_what_the_policy_promotes(config: MixKVQConfig):
-    policy = policy_class(config.policy)(config)
+def test_a_rule_counts_what_the_policy_promotes(static_config: MixKVQConfig):
+    policy = policy_class(static_config.policy)(static_config)
     promoted = policy.promoted_channels(3, 24)
     if promoted is not None:
         rankings = 3 if policy.rule.scope == "head" else 1
-        assert policy.rule.count(3, 24, config.key_bits) * rankings == sum(promoted.values())
+        assert policy.rule.count(3, 24, static_config.key_bits) * rankings == sum(promoted.values())
