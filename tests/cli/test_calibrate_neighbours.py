@@ -61,6 +61,7 @@ def test_pm_kvqs_last_widths_and_a_smooth_model(chat: Path, tmp_path: Path):
         (("--widths", 3, "--widths", 2), "got [3, 2]"),
         (("--bits", 2), "2 bits are below the floor of"),
         (("--window", 200), "take at least 256 tokens"),
+        (("--smooth", __file__), "give a folder to save the model in, not a file"),
         (("--tokens", 64), "plan_tokens is a whole number of tokens, at least residual_length (128)"),
     ],
 )

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from mixkvq.cli import app
 from mixkvq.config import all_presets
 from mixkvq.evaluate.statistics import pareto_front
+from mixkvq.report.fidelity import front_figure
 
 
 def test_the_front_is_what_none_beats():
@@ -31,3 +32,14 @@ def test_every_preset_is_a_row(chat: Path, tmp_path: Path):
     result = run(app, ["bench", "plot", str(rows), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "fidelity.svg").exists()
+
+
+def test_names_cover_neither_each_other_nor_points():
+    pytest.importorskip("matplotlib")
+    points = {f"cache-{i}": (3 + i / 50, 0.1 + i / 400) for i in range(5)} | {"twin": (3.0, 0.1), "far": (8.0, 0.2)}
+    figure = front_figure(points, "bits", "KL", log_y=True)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert {text.get_text() for text in axes.texts} == {"cache-0, twin", *(f"cache-{i}" for i in range(1, 5)), "far"}
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for at, a in enumerate(boxes) for b in boxes[:at])

@@ -54,6 +54,8 @@ def pm_kvq(
     """PM-KVQ's integer program: which layers end at which width, within the memory of a full cache."""
     with clean_exit():
         check_writable(out)
+        if smooth is not None and smooth.exists() and not smooth.is_dir():
+            raise CalibrationError(f"--smooth {smooth}: give a folder to save the model in, not a file.")
         check_window(window)
         wanted = sorted(widths or (4, 2), reverse=True)
         if len(set(wanted)) < 2 or not set(wanted) <= set(WIDTHS):
@@ -74,7 +76,15 @@ def pm_kvq(
         bits = (min(sizes) + max(sizes)) / 2 if bits is None else bits
         last = last_widths(found, sizes, wanted, bits)
         config = with_layers(base, {layer: {"key_bits": b, "value_bits": b} for layer, b in last.items()}, network)
-        about = {**inputs(model, text), "bits": bits, "window": window, "windows": count, "stretch": stretch}
+        about = {
+            **inputs(model, text),
+            "dtype": dtype,
+            "smooth": None if smooth is None else smooth.name,  # the weights that this was found on
+            "bits": bits,
+            "window": window,
+            "windows": count,
+            "stretch": stretch,
+        }
         if smooth is not None:
             output.print(
                 f"Saved the model with SmoothAttention to {smooth}: use it with --model {smooth}", soft_wrap=True
