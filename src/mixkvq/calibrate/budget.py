@@ -69,11 +69,7 @@ class Menu:
     exact: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        strange = sorted(set(self.exact) - set(self.layers))
-        if strange:
-            raise CalibrationError(
-                f"Layer {strange[0]} is none of those whose keys are quantized: {', '.join(map(str, self.layers))}."
-            )
+        check_exact(self.exact, self.layers)
 
     @property
     def floor(self) -> float:
@@ -169,6 +165,19 @@ def check_base(base: MixKVQConfig) -> None:
         raise CalibrationError(
             "Bits by layer are found for a cache with a budget of key channels, such as default, and without settings "
             "by layer."
+        )
+
+
+def check_exact(exact: Sequence[int], layers: Sequence[int]) -> None:
+    """Refuse to keep keys of other than these layers exact.
+
+    Raises:
+        CalibrationError: one is not among them.
+    """
+    strange = sorted(set(exact) - set(layers))
+    if strange:
+        raise CalibrationError(
+            f"Layer {strange[0]} is none of those whose keys are quantized: {', '.join(map(str, layers))}."
         )
 
 

@@ -8,10 +8,20 @@ from typing import Annotated
 import typer
 from transformers import PreTrainedTokenizerBase
 
-from mixkvq.calibrate.budget import Choice, Text, check_base, key_options, measure_menu, smallest, value_options
+from mixkvq.calibrate.budget import (
+    Choice,
+    Text,
+    check_base,
+    check_exact,
+    key_options,
+    measure_menu,
+    smallest,
+    value_options,
+)
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.judge import Judge
+from mixkvq.calibrate.layers import quantized_layers
 from mixkvq.calibrate.trials import Trials
 from mixkvq.cli.calibrate.common import (
     DtypeOption,
@@ -119,6 +129,7 @@ def budget(
         }
         journal = Trials(trials, about)
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
+        check_exact(exact or (), quantized_layers(network))  # before minutes of measuring
         # Twice as many as asked for: on the second half it is checked what was found on the first.
         tokens = windows(tokenizer, text or [None], window, 2 * count)
         searched, judged = halves(tokens)
