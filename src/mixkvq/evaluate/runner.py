@@ -211,8 +211,7 @@ class Run:
             **self._sampling(),
             **PLAIN,
         )
-        memory = cache.memory()
-        bits = memory.size_bits if memory.packed_keys or memory.evicts else None
+        bits = cache.memory().quantized_bits
         rows = out[:, ids.shape[1] :].tolist()
         return [self._cut(row, item.limit, bits) for row, item in zip(rows, batch, strict=True)]
 

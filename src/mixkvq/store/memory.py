@@ -105,6 +105,11 @@ class MemoryReport:
         """
         return self.bits_held if self.evicts or not self.packed_keys else self.bits
 
+    @property
+    def quantized_bits(self) -> float | None:
+        """:attr:`size_bits`; None of a cache that keeps all tokens and has packed none yet."""
+        return self.size_bits if self.evicts or self.packed_keys else None
+
 
 def packed_report(layout: PageLayout, pages: int, promoted: dict[int, int]) -> MemoryReport:
     """Elements and bits of code in so many pages, with ``promoted`` channels of all of them together, by width."""

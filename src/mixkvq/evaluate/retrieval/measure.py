@@ -145,7 +145,7 @@ def ask(
         _reply(tokenizer, problem, likelihood, row, ends)
         for problem, likelihood, row in zip(problems, likelihoods, written, strict=True)
     ]
-    return replies, memory.size_bits if memory.packed_keys or memory.evicts else None
+    return replies, memory.quantized_bits
 
 
 def _read(model: PreTrainedModel, cache: MixKVQCache, problems: Sequence[RetrievalProblem]) -> Tensor:
