@@ -114,9 +114,15 @@ def _suite(model: PreTrainedModel, length: int) -> dict[str, MixKVQConfig]:
     Caches that narrow as they grow are planned for so many tokens.
     """
     names = [*(name for name in all_presets() if name not in ELSEWHERE), *shipped()]
-    planned = [name for name, config in parse_caches(names).items() if config.plan_tokens is not None]
-    configs = parse_caches([f"{name}:plan_tokens={length}" if name in planned else name for name in names])
-    return {name: config for name, config in configs.items() if config.model in (None, model_shape(model.config))}
+    found = {}
+    for name, config in parse_caches(names).items():
+        if config.model not in (None, model_shape(model.config)):
+            continue
+        if config.plan_tokens is None:
+            found[name] = config
+        else:
+            found[f"{name}:plan_tokens={length}"] = config.replace(plan_tokens=length)
+    return found
 
 
 def _chains(

@@ -104,7 +104,7 @@ class NarrowingCache(LayerCache):
 
     def _coded(self, keys: Tensor, values: Tensor) -> tuple[QuantizedKeys, QuantizedValues]:
         """Blocks ``keys, values [N, Hkv, R, D]`` at the present width: by way of the first codes, as older ones."""
-        width = max(self.width, FIRST_CODES) if self.width != DENSE_BITS else DENSE_BITS
+        width = max(self.width, FIRST_CODES)
         recipe = self.stages[width]
         coded = recipe.quantize(keys, values, recipe.plan(keys, None), None)
         while width > self.width:
