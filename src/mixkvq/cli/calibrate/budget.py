@@ -6,10 +6,12 @@ import dataclasses
 from typing import Annotated
 
 import typer
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.calibrate.budget import (
     Choice,
+    Menu,
     Text,
     check_base,
     check_exact,
@@ -28,9 +30,9 @@ from mixkvq.cli.calibrate.common import (
     OutArgument,
     TrialsOption,
     check_window,
-    halves,
     held_out,
     kept,
+    searched_and_judged,
     write,
 )
 from mixkvq.cli.calibrate.exam import BatchOption, DataDirOption, NewTokensOption, about_exam, exam
@@ -55,7 +57,6 @@ from mixkvq.evaluate import fidelity as measure
 from mixkvq.evaluate.chains import encode
 from mixkvq.evaluate.likelihood import pieces
 from mixkvq.evaluate.problems import problem_set
-from mixkvq.evaluate.texts import windows
 from mixkvq.models import merge_adapter
 from mixkvq.report.tables import calibration_table
 
@@ -130,33 +131,19 @@ def budget(
         journal = Trials(trials, about)
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
         check_exact(exact or (), quantized_layers(network))  # before minutes of measuring
-        # Twice as many as asked for: on the second half it is checked what was found on the first.
-        tokens = windows(tokenizer, text or [None], window, 2 * count)
-        searched, judged = halves(tokens)
+        searched, judged = searched_and_judged(tokenizer, text, window, count)
         if merged is not None:
             network = merge_adapter(network, merged)
-        bounds = measure.appends(window, base)
-        texts = [Text(f"window {i}", each, bounds, measure.WARM_UP) for i, each in enumerate(searched)]
-        texts += _chains(tokenizer, base, reasoner, len(texts) / max(reasoner, 1))
+        texts = _texts(searched, _chains(tokenizer, base, reasoner, len(searched)), base)
+        menu = dataclasses.replace(_measured(network, base, texts, journal, seed), exact=tuple(exact or ()))
         judge = Judge(network, judged, journal, "held out")
-        with progress() as bar:
-            task = bar.add_task("gradients", total=len(texts) * (1 + len(key_options(base))))
-            menu = measure_menu(
-                network,
-                base,
-                texts,
-                journal,
-                seed=seed,
-                advance=lambda what: bar.update(task, advance=1, description=what),
-            )
-        menu = dataclasses.replace(menu, exact=tuple(exact or ()))
         plain = held_out(judge, "uniform", base)
 
-        def check(it: Choice) -> dict[str, float]:
+        def checked(it: Choice) -> dict[str, float]:
             return held_out(judge, f"{it.bits:.3f} bits", it.config(base, network))
 
         if kl is not None:
-            choice, _ = smallest(menu, kl, lambda it: check(it)["kl"])
+            choice, _ = smallest(menu, kl, lambda it: checked(it)["kl"])
         elif lost is not None and scored is not None:
             right = scored.examiner(network, tokenizer, model, dtype, journal)
             full = right(MixKVQConfig.preset("bf16"))
@@ -166,7 +153,7 @@ def budget(
             )
         else:
             choice = menu.choose(plain["bits"] if bits is None else bits)
-        found = check(choice)
+        found = checked(choice)
         results = {
             "uniform": plain,
             "found": found,
@@ -177,7 +164,29 @@ def budget(
         write(out, Calibration(choice.config(base, network), "budget", about, results))
 
 
-def _chains(tokenizer: PreTrainedTokenizerBase, base: MixKVQConfig, count: int, weight: float) -> list[Text]:
+def _texts(searched: Tensor, chains: list[Text], base: MixKVQConfig) -> list[Text]:
+    """Windows, and after them chains."""
+    bounds = measure.appends(searched.shape[1], base)
+    return [*(Text(f"window {i}", each, bounds, measure.WARM_UP) for i, each in enumerate(searched)), *chains]
+
+
+def _measured(model: PreTrainedModel, base: MixKVQConfig, texts: list[Text], journal: Trials, seed: int) -> Menu:
+    """What every option costs, with a progress bar."""
+    with progress() as bar:
+        task = bar.add_task("gradients", total=len(texts) * (1 + len(key_options(base))))
+        return measure_menu(
+            model,
+            base,
+            texts,
+            journal,
+            seed=seed,
+            advance=lambda what: bar.update(task, advance=1, description=what),
+        )
+
+
+def _chains(tokenizer: PreTrainedTokenizerBase, base: MixKVQConfig, count: int, windows: int) -> list[Text]:
+    """Right chains of so many problems, which together count as much as so many windows."""
+    weight = windows / max(count, 1)
     chains = [encode(tokenizer, problem) for problem in problem_set(count, split=SPLIT)]
     return [
         Text(

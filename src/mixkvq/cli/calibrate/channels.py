@@ -11,7 +11,7 @@ from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.layers import with_layers
 from mixkvq.calibrate.trials import Trials
-from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, check_window, halves, held_out, write
+from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, check_window, held_out, searched_and_judged, write
 from mixkvq.cli.common import (
     CacheHelp,
     DeviceOption,
@@ -27,7 +27,6 @@ from mixkvq.cli.common import (
     progress,
 )
 from mixkvq.config import MixKVQConfig
-from mixkvq.evaluate.texts import windows
 from mixkvq.report.tables import calibration_table
 
 
@@ -47,8 +46,7 @@ def channels(
         base = MixKVQConfig.parse(cache)
         check_window(window)
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
-        # As many again as asked for: on the second half it is checked what was found on the first.
-        searched, judged = halves(windows(tokenizer, text or [None], window, 2 * count))
+        searched, judged = searched_and_judged(tokenizer, text, window, count)
         with progress() as bar:
             task = bar.add_task("saliences", total=len(searched))
             saliences = mean_saliences(network, searched, base, lambda: bar.advance(task))

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mixkvq.bench.environment import environment
 from mixkvq.calibrate.errors import CalibrationError
@@ -17,6 +18,7 @@ from mixkvq.calibrate.judge import Judge
 from mixkvq.cli.common import InputError, check_writable, notes, output, progress
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate import fidelity as measure
+from mixkvq.evaluate.texts import windows
 from mixkvq.report.fidelity import front_figure
 from mixkvq.report.figures import PlotError, check_format, new_figure, save
 
@@ -68,8 +70,17 @@ def kept(trials: Path | None) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def halves(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows to calibrate on, and others to judge on, in turns."""
+def searched_and_judged(
+    tokenizer: PreTrainedTokenizerBase, text: list[Path] | None, window: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """``count`` windows ``[N, W]`` to calibrate on, and as many others, on which it is checked what was found.
+
+    In turns, so that both come from all parts of a text; fewer of a short one.
+
+    Raises:
+        CalibrationError: there is one window alone.
+    """
+    tokens = windows(tokenizer, text or [None], window, 2 * count)
     if len(tokens) < 2:
         raise CalibrationError(
             f"The text has one window of {tokens.shape[1]} tokens, and two are needed: what is found on one is checked "

@@ -31,9 +31,9 @@ from mixkvq.cli.calibrate.common import (
     check_plot,
     check_window,
     draw_front,
-    halves,
     held_out,
     kept,
+    searched_and_judged,
     write,
 )
 from mixkvq.cli.common import (
@@ -50,7 +50,6 @@ from mixkvq.cli.common import (
     progress,
 )
 from mixkvq.config import MixKVQConfig
-from mixkvq.evaluate.texts import windows
 from mixkvq.policies.kvtuner import PAIRS
 from mixkvq.report.fidelity import BITS, KL
 from mixkvq.report.tables import calibration_table, front_table
@@ -82,8 +81,7 @@ def kvtuner(
         measured = {**inputs(model, text), "dtype": dtype, "window": window, "windows": count}
         journal = Trials(trials, measured)
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
-        # Twice as many as asked for: on the second half it is checked what was found on the first.
-        searched, judged = halves(windows(tokenizer, text or [None], window, 2 * count))
+        searched, judged = searched_and_judged(tokenizer, text, window, count)
         with progress() as bar:
             task = bar.add_task("errors of single layers", total=len(searched))
             errors = output_errors(network, searched, base, lambda: bar.advance(task))

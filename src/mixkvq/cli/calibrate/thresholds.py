@@ -26,9 +26,9 @@ from mixkvq.cli.calibrate.common import (
     check_plot,
     check_window,
     draw_front,
-    halves,
     held_out,
     kept,
+    searched_and_judged,
     write,
 )
 from mixkvq.cli.calibrate.exam import BatchOption, DataDirOption, NewTokensOption, about_exam, exam
@@ -52,6 +52,8 @@ from mixkvq.models import DEFAULT_MODEL
 from mixkvq.report.fidelity import KL
 from mixkvq.report.tables import calibration_table, front_table
 
+#: Windows of each text: quantiles take one pass, a search one for each try.
+QUANTILE_WINDOWS, SEARCH_WINDOWS = 4, 1
 #: The axes of a front.
 CODE_BITS, WRONG = "code bits of a key channel", "wrong answers"
 
@@ -76,7 +78,12 @@ def thresholds(
     text: TextOption = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     count: Annotated[
-        int | None, typer.Option("--windows", help="Windows of each text.", show_default="4; 1 for a search")
+        int | None,
+        typer.Option(
+            "--windows",
+            help="Windows of each text.",
+            show_default=f"{QUANTILE_WINDOWS}; {SEARCH_WINDOWS} for a search",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     trials: TrialsOption = None,
@@ -93,14 +100,13 @@ def thresholds(
     with clean_exit(), kept(trials):
         check_writable(json_file)
         start = {"bf16_share": bf16_share, "uint4_share": uint4_share_for(bits, bf16_share)}
-        if count is None:
-            count = 4 if out is None else 1
         if out is None:
             _refuse(trials=trials, plot=plot, problems=problems, data_dir=data_dir)
             network, tokenizer = load_model(model, parse_dtype(dtype), device)
-            found = at_shares(_saliences(network, windows(tokenizer, text or [None], window, count)), **start)
-            _print_quantiles(found, model or DEFAULT_MODEL, json_file)
+            ranked = _saliences(network, windows(tokenizer, text or [None], window, count or QUANTILE_WINDOWS))
+            _print_quantiles(at_shares(ranked, **start), model or DEFAULT_MODEL, json_file)
             return
+        count = count or SEARCH_WINDOWS
         check_writable(out)
         check_plot(plot)
         check_window(window)
@@ -114,15 +120,13 @@ def thresholds(
         }
         journal = Trials(trials, measured)
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
-        # As many again as asked for: on the second half it is checked what was found on the first.
-        searched, judged = halves(windows(tokenizer, text or [None], window, 2 * count))
+        searched, judged = searched_and_judged(tokenizer, text, window, count)
         ranked = _saliences(network, searched)
         if scored is None:
-            score = _by_text(network, searched, journal)
+            score, label, axis = _by_text(network, searched, journal), "KL", KL
         else:
-            score = _by_answers(scored.examiner(network, tokenizer, model, dtype, journal))
+            score, label, axis = _by_answers(scored.examiner(network, tokenizer, model, dtype, journal)), WRONG, WRONG
         points = _search(network, ranked, score, largest_shares(bits), start, seed, tries)
-        label, axis = ("KL", KL) if scored is None else (WRONG, WRONG)
         _show(points, plot, label, axis, log_y=scored is None)
         best = best_within(points, bits)
         judge = Judge(network, judged, journal, "held out")
