@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixkvq import MixKVQConfig
-from mixkvq.bench.decoding import PackedDecoding, packed_blocks
+from mixkvq.bench.decoding import PackedDecoding, RandomBlocks
 from mixkvq.bench.kernel import KernelShape, WrongResultError, bench_kernel
 from mixkvq.bench.shapes import SHAPES, random_model, weight_bytes
 from mixkvq.bench.synthetic import PackedBlocks, bytes_read, filled_tensors
@@ -58,18 +58,32 @@ def test_bytes_read_are_those_of_the_tensors():
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_filled_static_cache_decodes_what_it_holds(cache: str):
     model = random_model("tiny", torch.float32, CPU)
-    source = packed_blocks(model, MixKVQConfig.parse(cache))
+    source = RandomBlocks(model, MixKVQConfig.parse(cache))
     with torch.inference_mode():
         decoding = PackedDecoding(model, source, 2, 500, 200)
         store = decoding.static_cache.state.cache.store
         for layer in range(2):
             for row in range(2):
-                check_content(source, store.tensors(layer), row)
+                check_content(source.of(source.config), store.tensors(layer), row)
         for _ in range(160):  # over the end of a block
             decoding.step()
     assert store.books.lengths.tolist() == [660, 660]
     assert decoding.static_cache.get_seq_length() == 660
     assert decoding.cache_bytes() == decoding.static_cache.memory().total
+
+
+def test_layers_with_settings_of_their_own_are_filled_with_blocks_of_their_own():
+    model = random_model("tiny", torch.float32, CPU)
+    config = MixKVQConfig.preset("default", layers=[{"budget": 3.0}, {"value_bits": 4}])
+    source = RandomBlocks(model, config)
+    with torch.inference_mode():
+        decoding = PackedDecoding(model, source, 2, 500, 200)
+        groups = decoding.static_cache.state.cache.groups
+        assert [group.config for group in groups] == [config.for_layer(0), config.for_layer(1)]
+        for group in groups:
+            check_content(source.of(group.config), group.store.tensors(0), 1)
+        decoding.step()
+    assert decoding.static_cache.get_seq_length() == 501
 
 
 @pytest.mark.parametrize("kernel", ["torch", "triton"])

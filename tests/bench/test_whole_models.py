@@ -9,7 +9,7 @@ import torch
 from mixkvq import MixKVQConfig, UnsupportedModelError
 from mixkvq.bench import generate
 from mixkvq.bench.capacity import NoRoomError, bench_capacity, largest
-from mixkvq.bench.decoding import PackedDecoding, SplitKVDecoding, StockDecoding, packed_blocks
+from mixkvq.bench.decoding import PackedDecoding, RandomBlocks, SplitKVDecoding, StockDecoding
 from mixkvq.bench.generate import bench_generate, measure
 from mixkvq.bench.prefill import bench_prefill
 from mixkvq.bench.profiling import flush_kernels
@@ -69,7 +69,7 @@ def test_split_kv_decodes_as_sdpa_does():
 def test_a_cache_that_was_measured_is_not_kept(kind: str):
     model = random_model("tiny", torch.float32, KERNEL_DEVICE)
     if kind == "packed":
-        decoding = PackedDecoding(model, packed_blocks(model, CACHES["default"]), 1, 200, 4)
+        decoding = PackedDecoding(model, RandomBlocks(model, CACHES["default"]), 1, 200, 4)
     else:
         decoding = {"split-kv": SplitKVDecoding, "sdpa": StockDecoding}[kind](model, 1, 20, 4)
     decoding.step()

@@ -18,6 +18,7 @@ from mixkvq.adapters.transformers import NAME, MixKVQStaticCache, UnsupportedMod
 from mixkvq.adapters.transformers.cache import held_tensors
 from mixkvq.bench.synthetic import PackedBlocks, fill_store
 from mixkvq.bench.timing import FLUSHED, Timer
+from mixkvq.config import MixKVQConfig
 from mixkvq.models import attention
 
 #: Name of the split-KV kernel among transformers' attention functions.
@@ -149,6 +150,32 @@ class SplitKVDecoding(StockDecoding):
         return output.transpose(1, 2).contiguous(), None
 
 
+class RandomBlocks:
+    """Random blocks in the shape of a model's layers, packed once for each of a cache's settings.
+
+    Args:
+        config: the cache, which may have settings by layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: MixKVQConfig) -> None:
+        shape = text_config(model)
+        self.config = config
+        self._shape: dict[str, Any] = {
+            "group": shape.num_attention_heads // shape.num_key_value_heads,
+            "kv_heads": shape.num_key_value_heads,
+            "dim": head_dim(shape),
+            "dtype": model.dtype,
+            "device": model.device,
+        }
+        self._packed: dict[MixKVQConfig, PackedBlocks] = {}
+
+    def of(self, own: MixKVQConfig) -> PackedBlocks:
+        """Those of layers with the given settings."""
+        if own not in self._packed:
+            self._packed[own] = PackedBlocks(own, **self._shape)
+        return self._packed[own]
+
+
 class PackedDecoding(Decoding):
     """Ours: a MixKVQStaticCache.
 
@@ -158,11 +185,12 @@ class PackedDecoding(Decoding):
         room: tokens that may follow.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: PackedBlocks, batch: int, stored: int, room: int) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: RandomBlocks, batch: int, stored: int, room: int) -> None:
         cache = MixKVQStaticCache(model.config, blocks.config, max_tokens=batch * (stored + room))
         super().__init__(model, cache, NAME, batch)
-        super().step()  # one token, which makes the store
-        fill_store(cache.state.cache.store_of(0), blocks, stored)
+        super().step()  # one token, which makes the stores
+        for group in cache.state.cache.groups:
+            fill_store(group.store, blocks.of(group.config), stored)
         assert cache.state.positions is not None
         cache.state.positions.fill_(stored)
         self.static_cache = cache
@@ -185,16 +213,3 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 def head_dim(config: PreTrainedConfig) -> int:
     """Dimension of a head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def packed_blocks(model: PreTrainedModel, config: Any) -> PackedBlocks:
-    """Random blocks in the shape of one of the model's layers."""
-    shape = text_config(model)
-    return PackedBlocks(
-        config,
-        group=shape.num_attention_heads // shape.num_key_value_heads,
-        kv_heads=shape.num_key_value_heads,
-        dim=head_dim(shape),
-        dtype=model.dtype,
-        device=model.device,
-    )

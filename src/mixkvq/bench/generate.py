@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mixkvq.bench import BF16
-from mixkvq.bench.decoding import Decoding, PackedDecoding, SplitKVDecoding, StockDecoding, packed_blocks
+from mixkvq.bench.decoding import Decoding, PackedDecoding, RandomBlocks, SplitKVDecoding, StockDecoding
 from mixkvq.bench.profiling import flush_share
 from mixkvq.bench.shapes import weight_bytes
 from mixkvq.bench.timing import WARM_UP, captured
@@ -93,7 +93,7 @@ def contenders(model: PreTrainedModel, caches: Mapping[str, MixKVQConfig], steps
     if model.device.type == "cuda":
         found.insert(0, Contender(BF16, "Triton split-KV", functools.partial(SplitKVDecoding, model), steps))
     for name, config in caches.items():
-        make = functools.partial(PackedDecoding, model, packed_blocks(model, config))
+        make = functools.partial(PackedDecoding, model, RandomBlocks(model, config))
         found.append(Contender(name, "mixkvq", make, steps))
     return found
 

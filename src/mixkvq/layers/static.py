@@ -57,6 +57,11 @@ class ModelCache:
         assert self._store is not None
         return self._store
 
+    @property
+    def groups(self) -> list[ModelCache]:
+        """This one: all layers have the same settings."""
+        return [self]
+
     def store_of(self, layer: int) -> StaticStore:
         """The tensors that hold a layer."""
         return self.store
