@@ -1,5 +1,7 @@
 """All GPU measurements of the documentation, in one go of a few minutes on an H100 or H200.
 
+From the repository's root::
+
     python benchmarks/run_gpu.py benchmarks/h200 [--only kernel --only capacity]
 
 Writes a JSON file for each command, and the pictures, to the folder. A command that fails does not stop the
@@ -20,16 +22,22 @@ import torch
 from mixkvq.cli import app
 
 MODEL = "--shape llama-3.1-8b"
+#: Settings by layer for 32 layers: those of ``default-smollm2-135m.json``, two of them twice. For speed alone.
+CALIBRATED = "benchmarks/calibrated_32_layers.json"
 #: Commands by the file that they write, quickest answers first.
 COMMANDS = {
     "kernel": "bench kernel --cache default --cache kivi-4 --cache paper:tau_bf16=5.2,tau_uint4=3.214 "
     "--cache kivi-2 --batch 8 --context 32768 --batch 1 --context 131072 --batch 32 --context 4096",
     "kernel_contexts": "bench kernel --cache default --batch 8 --context 4096 --context 8192 "
     "--context 16384 --context 32768 --context 65536",
+    "kernel_widths": "bench kernel --cache default --cache default:value_bits=3 --cache default:value_bits=8 "
+    "--cache quality --cache quality:key_bits=8,key_group=128 --cache kivi-2:key_bits=3 --batch 8 --context 32768",
     "prefill": f"bench prefill {MODEL} --batch 1 --context 16384 --repeats 3",
     "capacity": f"bench capacity {MODEL} --context 16384",
     "generate": f"bench generate {MODEL} --batch 1 --context 32768 --batch 8 --context 4096 "
     "--batch 8 --context 16384 --batch 8 --context 32768 --batch 24 --context 16384 --batch 1 --context 131072",
+    "generate_calibrated": f"bench generate {MODEL} --batch 8 --context 16384 --batch 24 --context 16384 "
+    f"--cache default --cache {CALIBRATED}",
 }
 
 

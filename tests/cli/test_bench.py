@@ -109,8 +109,10 @@ def test_kernels_take_a_gpu():
     assert "measures a GPU" in complaint("kernel")
 
 
-def test_the_measurements_of_the_documentation_are_commands():
-    script = Path(__file__).parents[2] / "benchmarks" / "run_gpu.py"
+def test_the_measurements_of_the_documentation_are_commands(monkeypatch: pytest.MonkeyPatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    script = root / "benchmarks" / "run_gpu.py"
     for line in runpy.run_path(str(script))["COMMANDS"].values():
         bench, name, *words = shlex.split(line)
         command = typer.main.get_command(app).commands[bench].commands[name]
