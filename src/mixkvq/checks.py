@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import typing
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from mixkvq.config import MixKVQConfig
+    from mixkvq.policies import Policy
 
 #: Width of the channels that a budget promotes.
 PROMOTED_BITS = 4
@@ -36,9 +38,9 @@ def check(config: MixKVQConfig) -> None:
     _check_sizes(config)
     _check_tiers(config)
     _check_channels(config)
+    _check_eviction(config)
     policy = policy_class(config.policy)
-    _check_eviction(config, evicts=policy.evicts)
-    _check_owners(config)
+    _check_owners(config, policy)
     policy.check(config)
     promotes = bool(policy(config).promoted_bits)
     _check_key_axis(config, promotes=promotes)
@@ -126,11 +128,18 @@ def _check_tiers(config: MixKVQConfig) -> None:
         )
 
 
-def _check_owners(config: MixKVQConfig) -> None:
-    """Refuse fields of one policy in another's configuration."""
-    for field, owner in (("channels", "frozen"), ("plan_tokens", "pm-kvq")):
-        if getattr(config, field) is not None and config.policy != owner:
-            raise ConfigError(f"{field} is for the {owner} policy: leave it out of one of the {config.policy} policy.")
+def _check_owners(config: MixKVQConfig, policy: type[Policy]) -> None:
+    """Refuse fields of other policies."""
+    from mixkvq.policies import POLICIES
+
+    owned = frozenset[str]().union(*(other.fields for other in POLICIES.values()))
+    for field in dataclasses.fields(config):
+        if field.name in owned - policy.fields and getattr(config, field.name) != field.default:
+            owners = join(name for name, other in sorted(POLICIES.items()) if field.name in other.fields)
+            raise ConfigError(
+                f"The {config.policy} policy has no {field.name}, which is for {owners}: leave it out, or use a preset "
+                "with another policy (`mixkvq caches`)."
+            )
 
 
 def _check_channels(config: MixKVQConfig) -> None:
@@ -201,7 +210,7 @@ def _check_irregular(config: MixKVQConfig, *, promotes: bool) -> None:
         raise ConfigError(f"{field} takes keys that are rounded each for itself: set key_feedback to none.")
 
 
-def _check_eviction(config: MixKVQConfig, *, evicts: bool) -> None:
+def _check_eviction(config: MixKVQConfig) -> None:
     for field in ("keep", "keep_confident"):
         value = getattr(config, field)
         whole = _is_whole(value) and value >= 1
@@ -213,9 +222,3 @@ def _check_eviction(config: MixKVQConfig, *, evicts: bool) -> None:
     _require(_is_real(decay) and 0 < decay <= 1, "keep_decay is above 0 and at most 1", config, "keep_decay")
     whole = _is_whole(config.protected) and config.protected >= 1
     _require(whole, "protected is a whole number of tokens, at least 1", config, "protected")
-    given = config.keep is not None or config.keep_confident is not None or decay != 1
-    if given and not evicts:
-        raise ConfigError(
-            f"The {config.policy} policy keeps all tokens: leave keep, keep_confident and keep_decay out, or use a "
-            "preset like 'conf-kv' or 'window-512'."
-        )

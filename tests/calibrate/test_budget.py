@@ -32,6 +32,13 @@ BASE = MixKVQConfig.preset("default", residual_length=32, key_group=32)
 KEYS, VALUES = key_options(BASE), value_options()
 
 
+def test_options_leave_out_what_is_of_the_policy_that_they_replace():
+    for base in (BASE, MixKVQConfig.preset("kitty"), MixKVQConfig.preset("default", salience="error")):
+        for option in key_options(base):
+            assert base.replace(**option).key_group in (base.key_group, 64)
+    assert key_options(BASE)[-1] == {"policy": "kivi", "budget": None, "key_bits": 8}
+
+
 def test_the_integer_program_by_hand():
     # Two parts, three options each: 4 units are spent where they save most.
     costs, sizes = [[9, 5, 1], [4, 3, 2]], [[1, 2, 3], [1, 2, 3]]

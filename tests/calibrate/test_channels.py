@@ -63,9 +63,9 @@ def test_from_a_text_to_a_cache():
         ({"channels": None}, "needs channels"),
         ({"channels": [[0, 0], []]}, "channels is none, or for every KV head a list of channel numbers, each once"),
         ({"channels": 3}, "channels is none, or for every KV head"),
-        ({"channels": [[0], []], "budget": 2.5}, "leave budget and thresholds out"),
+        ({"channels": [[0], []], "budget": 2.5}, "frozen policy has no budget"),
         ({"channels": [[0], []], "key_bits": 3}, "promotes channels above key_bits=2, not 3"),
-        ({"channels": [[0], []], "policy": "kivi"}, "channels is for the frozen policy: leave it out"),
+        ({"channels": [[0], []], "policy": "kivi"}, "kivi policy has no channels, which is for frozen"),
     ],
 )
 def test_bad_channels(changes: dict, message: str):

@@ -124,7 +124,7 @@ def test_a_wide_last_width_stays():
         ({"plan_tokens": None}, "needs plan_tokens"),
         ({"plan_tokens": 16}, r"plan_tokens is .* at least residual_length \(32\)"),
         ({"key_feedback": 0.2}, "leave key_feedback out"),
-        ({"budget": 3.0}, "promotes no channels"),
+        ({"budget": 3.0}, "pm-kvq policy has no budget"),
         ({"outliers": 0.01}, "leave outliers, key_levels and value_levels out"),
     ],
 )

@@ -121,9 +121,9 @@ def test_a_window_keeps_the_first_and_the_newest():
         ("conf-kv:value_rotation=hadamard", "conf-kv policy has no value_rotation"),
         ("conf-kv:budget=8", "budget lies between"),
         ("window-512:keep=4", "keep is at least 5"),
-        ("window-512:keep_confident=128", "window policy keeps as many tokens"),
-        ("default:keep=512", "mixkvq policy keeps all tokens: leave keep, .*'window-512'"),
-        ("kivi-2:keep_decay=0.5", "kivi policy keeps all tokens"),
+        ("window-512:keep_confident=128", "window policy has no keep_confident, which is for conf-kv"),
+        ("default:keep=512", "mixkvq policy has no keep, which is for conf-kv, window: leave it out"),
+        ("kivi-2:keep_decay=0.5", "kivi policy has no keep_decay, which is for conf-kv"),
     ],
 )
 def test_contradictions_are_refused(text: str, message: str):

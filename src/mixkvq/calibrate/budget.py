@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from mixkvq.calibrate.allocation import allocate
 from mixkvq.calibrate.capture import record
 from mixkvq.calibrate.errors import CalibrationError
-from mixkvq.calibrate.layers import quantized_layers, with_layers
+from mixkvq.calibrate.layers import quantized_layers, with_layers, with_policy
 from mixkvq.calibrate.sensitivity import layer_costs
 from mixkvq.calibrate.trials import Trials
 from mixkvq.config import MixKVQConfig
+from mixkvq.policies.kivi import KIVI
 from mixkvq.store import MemoryReport
 
 #: Budgets of key channels to choose from.
@@ -143,10 +144,11 @@ def key_options(base: MixKVQConfig) -> Options:
     """What a layer's keys may have: budgets; then one width for all, in the smaller groups of ``quality``, or so many
     bits that nothing is lost. In some models a layer or two look things up, and all others rely on them.
     """
+    one_width = with_policy(base, KIVI)
     return [
         *({"budget": budget} for budget in KEY_BUDGETS),
-        {"policy": "kivi", "budget": None, "key_bits": 4, "key_group": min(64, base.key_group)},
-        {"policy": "kivi", "budget": None, "key_bits": 8},
+        {**one_width, "key_bits": 4, "key_group": min(64, base.key_group)},
+        {**one_width, "key_bits": 8},
     ]
 
 

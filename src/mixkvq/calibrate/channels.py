@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from mixkvq.adapters.transformers.attention import attention_forward
 from mixkvq.calibrate.errors import CalibrationError
-from mixkvq.calibrate.layers import quantized_layers
+from mixkvq.calibrate.layers import quantized_layers, with_policy
 from mixkvq.calibrate.observe import observed
 from mixkvq.config import PROMOTED_BITS, MixKVQConfig
 from mixkvq.policies import KeyBlock
+from mixkvq.policies.frozen import Frozen
 from mixkvq.policies.mixkvq import MixKVQ
 from mixkvq.policies.tiers import promote_top
 from mixkvq.quant.salience import QueryStatistics
@@ -82,5 +83,5 @@ def frozen_channels(saliences: dict[int, Tensor], base: MixKVQConfig) -> dict[in
     for layer, salience in saliences.items():
         chosen = promote_top(salience[None], base.key_bits, base.budget, base.budget_scope)[0] == PROMOTED_BITS
         channels = tuple(tuple(head.nonzero().flatten().tolist()) for head in chosen)
-        fields[layer] = {"policy": "frozen", "budget": None, "channels": channels}
+        fields[layer] = {**with_policy(base, Frozen), "channels": channels}
     return fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from mixkvq.adapters.transformers import MixKVQCache
 from mixkvq.adapters.transformers.support import model_shape
 from mixkvq.config import MixKVQConfig
+from mixkvq.policies import Policy, policy_class
 
 
 def quantized_layers(model: PreTrainedModel) -> list[int]:
@@ -22,3 +24,11 @@ def with_layers(base: MixKVQConfig, fields: Mapping[int, Mapping[str, Any]], mod
     """``base`` with fields of its own for some layers, for this model alone."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     return base.replace(layers=[fields.get(i, {}) for i in range(count)], model=model_shape(model.config))
+
+
+def with_policy(base: MixKVQConfig, policy: type[Policy]) -> dict[str, Any]:
+    """Fields that give a layer of ``base`` another policy: its own, and none of those of the policy of ``base``."""
+    foreign = policy_class(base.policy).fields - policy.fields
+    given = (field for field in dataclasses.fields(base) if field.name in foreign)
+    dropped = {field.name: field.default for field in given if getattr(base, field.name) != field.default}
+    return {"policy": policy.name, **dropped}

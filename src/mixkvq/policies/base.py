@@ -60,6 +60,7 @@ class Policy(ABC):
     Attributes:
         name: in the registry, and in ``MixKVQConfig.policy``.
         presets: the named configurations that this policy brings.
+        fields: fields of the configuration that mean something to it and not to every policy.
         uses_queries: whether :attr:`KeyBlock.importance` is gathered.
         narrows: whether stored codes lose bits as the context grows, for which a cache of its own is used.
         uses_confidence: whether caches ask for the model's confidence after each step.
@@ -68,6 +69,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     presets: ClassVar[dict[str, Preset]]
+    fields: ClassVar[frozenset[str]] = frozenset()
     evicts: ClassVar[bool] = False
     uses_queries: bool = False
     narrows: ClassVar[bool] = False

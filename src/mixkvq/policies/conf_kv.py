@@ -33,6 +33,7 @@ class ConfKV(EvictingPolicy):
     """
 
     name = "conf-kv"
+    fields = EvictingPolicy.fields | {"keep_confident", "keep_decay", "confidence", "protected", "mass_share"}
     uses_mass = uses_confidence = True
     presets = {  # noqa: RUF012
         "conf-kv": Preset(

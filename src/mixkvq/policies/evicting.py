@@ -39,6 +39,7 @@ class EvictingPolicy(KIVI):
         mass_decay: what is left after a step of the attention mass that a token had.
     """
 
+    fields = frozenset({"keep"})
     evicts = True
     uses_mass: bool = False
     mass_decay: float = 0.9

@@ -17,14 +17,13 @@ class Frozen(Policy):
     """
 
     name = "frozen"
+    fields = frozenset({"channels"})
     presets = {}  # noqa: RUF012
 
     @classmethod
     def check(cls, config: MixKVQConfig) -> None:
         if config.channels is None:
             raise ConfigError("The frozen policy needs channels, those of each KV head that get 4 bits.")
-        if config.budget is not None or config.tau_uint4 is not None or config.tau_bf16 is not None:
-            raise ConfigError("The frozen policy has its channels: leave budget and thresholds out.")
         if config.key_bits != BASE_BITS:
             raise ConfigError(f"The frozen policy promotes channels above key_bits=2, not {config.key_bits}.")
 

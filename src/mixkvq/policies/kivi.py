@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixkvq.config import ConfigError, MixKVQConfig, Preset
+from mixkvq.config import Preset
 from mixkvq.policies.base import KeyBlock, PlanRule, Policy
 from mixkvq.policies.refined import OURS, REFINED
 
@@ -33,11 +33,6 @@ class KIVI(Policy):
             {**REFINED, "policy": "kivi", "key_bits": 4, "key_group": 64},
         ),
     }
-
-    @classmethod
-    def check(cls, config: MixKVQConfig) -> None:
-        if config.budget is not None or config.tau_uint4 is not None or config.tau_bf16 is not None:
-            raise ConfigError(f"The {cls.name} policy promotes no channels: leave budget and thresholds out.")
 
     @property
     def rule(self) -> PlanRule:

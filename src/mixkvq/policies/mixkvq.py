@@ -29,6 +29,7 @@ class MixKVQ(RankedPolicy):
     """Ranks channels by ``A_d = I_d * S_d``; thresholds or a budget cut the ranking into tiers."""
 
     name = "mixkvq"
+    fields = RankedPolicy.fields | {"tau_uint4", "tau_bf16", "salience"}
     presets = {  # noqa: RUF012 - shared on purpose
         "default": Preset(
             "what to run: a bit budget, query-aware ranking and error feedback, rotated values",

@@ -32,6 +32,7 @@ class PMKVQ(KIVI):
     """
 
     name = "pm-kvq"
+    fields = frozenset({"plan_tokens"})
     presets = {  # noqa: RUF012
         f"pm-kvq-{bits}": Preset(
             f"from 16 bits to {bits} as the context grows to plan_tokens",

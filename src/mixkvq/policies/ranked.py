@@ -17,6 +17,8 @@ BASE_BITS = 2
 class RankedPolicy(Policy):
     """Promotes the channels with the highest :meth:`score` from 2 to 4 bits, within the configuration's budget."""
 
+    fields = frozenset({"budget", "budget_scope"})
+
     @classmethod
     def check(cls, config: MixKVQConfig) -> None:
         if config.key_bits != BASE_BITS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mixkvq.config import ConfigError, MixKVQConfig, Preset
+from mixkvq.config import Preset
 from mixkvq.policies.evicting import EvictingPolicy
 from mixkvq.quant.block import DENSE_BITS
 
@@ -26,12 +26,6 @@ class Window(EvictingPolicy):
             {"policy": "window", "keep": 512, "sinks": 4, "key_bits": DENSE_BITS, "value_bits": DENSE_BITS},
         ),
     }
-
-    @classmethod
-    def check(cls, config: MixKVQConfig) -> None:
-        super().check(config)
-        if config.keep_confident is not None or config.keep_decay != 1:
-            raise ConfigError("The window policy keeps as many tokens in every layer, at every step: give keep alone.")
 
     def rank(self, steps: Tensor, mass: Tensor | None, free: Tensor) -> Tensor:
         return steps.float()
