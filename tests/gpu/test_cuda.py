@@ -17,7 +17,8 @@ def to_gpu(step: Step) -> Step:
     return Step(step.query.cuda(), step.keys.cuda(), step.values.cuda(), real)
 
 
-def test_the_gpu_gives_what_the_cpu_gives(config: MixKVQConfig):
+def check_alike(config: MixKVQConfig) -> None:
+    """A layer's cache on the GPU against one on the CPU."""
     past, step, more = random_step(3, 900), random_step(4, 3), random_step(4, 1)
     past = Step(past.query, past.keys, past.values, torch.arange(900) >= torch.tensor([0, 200, 899])[:, None])
     outputs = []
@@ -35,6 +36,16 @@ def test_the_gpu_gives_what_the_cpu_gives(config: MixKVQConfig):
         # A code that rounds to the other side on a GPU moves an output a little; most must not move at all.
         assert (cpu - gpu).abs().median() < 1e-5
         assert (cpu - gpu).abs().max() < 0.3
+
+
+def test_the_gpu_gives_what_the_cpu_gives(config: MixKVQConfig):
+    check_alike(config)
+
+
+def test_frozen_channels_are_those_of_the_cpu():
+    fields = {"policy": "frozen", "budget": None, "channels": [[0, 3, 7], [5]]}
+    check_alike(MixKVQConfig.preset("default", **fields))
+    check_alike(MixKVQConfig.preset("default", **fields, key_feedback=None, key_group=32))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt-oss", "qwen3-moe"])
