@@ -1,19 +1,25 @@
 """``mixkvq calibrate``: from a text to a file for ``--cache``, and back."""
 
+import copy
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
+from chats import END, chat_tokenizer
 from mixkvq import MixKVQConfig
 from mixkvq.calibrate.file import Calibration
 from mixkvq.cli import app
 from mixkvq.policies.kvtuner import PAIRS
+from models import VOCABULARY, tiny_model
 
 #: One window to search on, and one to judge on.
 TINY = ("--window", 300, "--windows", 1)
+#: What no model answers in three tokens.
+UNSOLVED = ("--problems", 2, "--data-dir", "PROBLEMS", "--max-new-tokens", 3)
 
 
 def run(*arguments: object) -> Result:
@@ -139,34 +145,76 @@ def test_searched_thresholds_from_end_to_end(chat: Path, tmp_path: Path):
     assert run("fidelity", "--model", chat, *TINY, "--cache", out).exit_code == 0
 
 
-def test_bits_within_lost_points(chat: Path, problems: Path, tmp_path: Path):
-    out = tmp_path / "found.json"
-    scored = ("--lost", 5, "--problems", 2, "--data-dir", problems, "--max-new-tokens", 3)
-    result = run("calibrate", "budget", out, "--model", chat, *TINY, *scored)
-    assert result.exit_code == 0, result.output
-    assert "0.0% of 2 problems are right in full precision" in said(result)
-    found = Calibration.read(out)
-    # A random model loses nothing, however few the bits.
-    assert found.results["found"]["bits"] < 3.6
-    assert (found.about["problems"], found.about["data_dir"]) == (2, problems.name)
-
-
 @pytest.fixture
 def problems(tmp_path: Path) -> Path:
-    """A folder with training problems of GSM8K."""
+    """A folder with training problems of GSM8K, which no random model solves."""
     rows = [{"question": f"What is {n} + 1?", "answer": f"One more.\n#### {n + 1}"} for n in range(3)]
-    (tmp_path / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
+    return write_problems(tmp_path, rows)
 
 
-def test_thresholds_searched_on_right_answers(chat: Path, problems: Path, tmp_path: Path):
-    scored = ("--problems", 2, "--data-dir", problems, "--max-new-tokens", 3)
-    result = run("calibrate", "thresholds", tmp_path / "found.json", "--model", chat, *TINY, *scored, "--tries", 3)
+def write_problems(folder: Path, rows: list[dict[str, str]], part: str = "train") -> Path:
+    (folder / f"gsm8k_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reckoner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model that writes a few digits and ends; which ones depends on all of the prompt."""
+    path = tmp_path_factory.mktemp("reckoner")
+    tokenizer, model = chat_tokenizer(), copy.deepcopy(tiny_model("llama"))
+    others = torch.ones(VOCABULARY, dtype=torch.bool)
+    others[[*tokenizer("0123456789", add_special_tokens=False)["input_ids"], END]] = False
+    with torch.no_grad():
+        model.lm_head.weight[others] = 0
+        model.lm_head.weight[END] *= 1.5
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 6  # what is attended to decides
+    tokenizer.save_pretrained(path)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def solvable(reckoner: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with problems that this model solves: their answers are what it says in full precision."""
+    folder = tmp_path_factory.mktemp("solvable")
+    questions = [f"{'How much is this, and that? ' * 8}{37 * n % 100} + {n}?" for n in range(12)]
+    write_problems(folder, [{"question": question, "answer": "#### 0"} for question in questions], "test")
+    answers = folder / "answers.jsonl"
+    words = ("--data-dir", folder, "--cache", "bf16", "--dtype", "float32", "--temperature", 0, "--answers", answers)
+    result = run("eval", "gsm8k", "--model", reckoner, *words, "--max-new-tokens", 8)
     assert result.exit_code == 0, result.output
-    found = Calibration.read(tmp_path / "found.json")
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    texts = {row["question"]: row["text"] for row in rows if "text" in row}
+    solved = [{"question": asked, "answer": f"#### {texts[f'gsm8k/{n}']}"} for n, asked in enumerate(questions)]
+    return write_problems(folder, solved)
+
+
+def test_bits_within_lost_points(reckoner: Path, solvable: Path, tmp_path: Path):
+    scored = ("--problems", 12, "--data-dir", solvable, "--max-new-tokens", 8, "--trials", tmp_path / "trials")
+    bits = {}
+    for lost in (0, 100):
+        out = tmp_path / f"{lost}.json"
+        result = run("calibrate", "budget", out, "--model", reckoner, *TINY, "--lost", lost, *scored)
+        assert result.exit_code == 0, result.output
+        assert "100.0% of 12 problems are right in full precision" in said(result)
+        found = Calibration.read(out)
+        bits[lost] = found.results["found"]["bits"]
+        assert (found.about["problems"], found.about["data_dir"]) == (12, solvable.name)
+    assert bits[100] < bits[0]
+
+
+def test_thresholds_searched_on_right_answers(reckoner: Path, solvable: Path, tmp_path: Path):
+    scored = ("--problems", 12, "--data-dir", solvable, "--max-new-tokens", 8, "--bits", 4)
+    out = tmp_path / "found.json"
+    result = run("calibrate", "thresholds", out, "--model", reckoner, *TINY, *scored, "--tries", 6)
+    assert result.exit_code == 0, result.output
+    found = Calibration.read(out)
     assert found.results["score"] == "wrong answers"
-    assert all(point["loss"] == 1 for point in found.results["front"])  # a random model, and three tokens
-    assert found.about["problems"] == 2
+    assert found.about["problems"] == 12
+    losses = [point["loss"] for point in found.results["front"]]
+    assert losses == sorted(losses, reverse=True)  # by rising bits
+    assert losses[-1] < 1
 
 
 @pytest.mark.parametrize(
@@ -184,6 +232,8 @@ def test_thresholds_searched_on_right_answers(chat: Path, problems: Path, tmp_pa
         (("thresholds", "OUT", "--problems", 1, "--data-dir", "EMPTY"), "There is no gsm8k_train.jsonl in"),
         (("thresholds", "OUT", "--problems", 0, "--data-dir", "PROBLEMS"), "0 problems: ask for at least one"),
         (("thresholds", "OUT", "--problems", 1, "--data-dir", "UNANSWERED"), "is no problem: it takes an 'answer'"),
+        (("thresholds", "OUT", *UNSOLVED, "--tries", 1), "None of 2 problems was answered right with any"),
+        (("budget", "OUT", *UNSOLVED, "--lost", 1), "None of 2 problems is answered right in full precision"),
     ],
 )
 def test_searches_that_cannot_be_made(chat: Path, problems: Path, tmp_path: Path, arguments: tuple, message: str):

@@ -148,6 +148,11 @@ def budget(
             right = scored.examiner(network, tokenizer, model, dtype, journal)
             full = right(MixKVQConfig.preset("bf16"))
             output.print(f"{full:.1%} of {problems} problems are right in full precision")
+            if not full:
+                raise CalibrationError(
+                    f"None of {problems} problems is answered right in full precision: there is nothing to lose. Ask "
+                    "more of them, allow longer answers (--max-new-tokens), or use --kl."
+                )
             choice, _ = smallest(
                 menu, lost, lambda it: 100 * (full - right(it.config(base, network))), "the lost points"
             )

@@ -127,6 +127,11 @@ def thresholds(
         else:
             score, label, axis = _by_answers(scored.examiner(network, tokenizer, model, dtype, journal)), WRONG, WRONG
         points = _search(network, ranked, score, largest_shares(bits), start, seed, tries)
+        if scored is not None and all(point.loss == 1 for point in points):
+            raise CalibrationError(
+                f"None of {problems} problems was answered right with any thresholds, which cannot be told apart then. "
+                "Ask more problems, allow longer answers (--max-new-tokens), or leave --problems out for KL on text."
+            )
         _show(points, plot, label, axis, log_y=scored is None)
         best = best_within(points, bits)
         judge = Judge(network, judged, journal, "held out")
