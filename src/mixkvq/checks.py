@@ -18,6 +18,8 @@ PROMOTED_BITS = 4
 BITS = (2, 3, 4, 8, 16)
 #: The largest share of numbers that are kept as outliers: each costs 32 bits.
 MAX_OUTLIERS = 0.1
+#: The largest share of the context that is kept as it is: wide layers keep twice as much.
+MAX_RECENT = 0.4
 #: Damping below which a covariance of few queries cannot be factored in float32.
 MIN_DAMPING = 1e-3
 
@@ -102,6 +104,12 @@ def _check_sizes(config: MixKVQConfig) -> None:
             config,
             "plan_tokens",
         )
+    _require(
+        _is_real(config.recent) and 0 <= config.recent <= MAX_RECENT,
+        f"recent is a share from 0 to {MAX_RECENT}",
+        config,
+        "recent",
+    )
     for field in ("key_bits", "value_bits"):
         _require(getattr(config, field) in BITS, f"{field} is one of {join(BITS)}", config, field)
 

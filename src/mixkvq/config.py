@@ -38,8 +38,8 @@ class MixKVQConfig:
 
     Attributes:
         policy: who decides the bits of each key channel; see ``mixkvq caches``.
-        residual_length: R, the newest tokens that stay in the model's type until there are R of them; also the
-            tokens in a page.
+        residual_length: R, the newest tokens that stay in the model's type until there are R of them (``recent`` keeps
+            more); also the tokens in a page.
         sinks: the first tokens of every sequence that always stay in the model's type.
         key_bits: width of key channels that are not promoted.
         key_axis: what shares a key scale: tokens of one "channel", or the channels of one "token", as with values. With
@@ -78,6 +78,10 @@ class MixKVQConfig:
         confidence: from here on a step counts as confident.
         protected: so many of the newest tokens are never evicted ("conf-kv").
         mass_share: what the attention that a token gets counts for in its rank; how new it is counts for the rest.
+        recent: share of the context that stays in the model's type as its newest tokens, besides the sinks; layers with
+            keys or values of more than 2 bits keep twice the share. For the "kvmix" policy.
+        recent_of: what that is a share of: the whole "context", or the "residual", what is in the model's type when
+            blocks are packed, so that of a long prompt ever fewer tokens stay.
         scale_dtype: type that scales and zeros are stored in.
         debug: check keys and values for NaN and infinity, and masks for hidden past tokens, at every step.
         layers: what differs in each layer of the model, as a mapping of fields for every one of them, such as
@@ -118,6 +122,8 @@ class MixKVQConfig:
     confidence: float = 0.7
     protected: int = 64
     mass_share: float = 0.65
+    recent: float = 0.0
+    recent_of: Literal["context", "residual"] = "context"
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     debug: bool = False
     layers: tuple[LayerFields, ...] = ()

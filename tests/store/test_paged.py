@@ -36,7 +36,7 @@ def tokens(cache: LayerCache, row: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_life_of_a_token(config: MixKVQConfig):
     size, sinks = config.residual_length, config.sinks
-    cache = filled(config, sinks + 2 * size - 1)
+    cache = filled(config.replace(recent=0.0), sinks + 2 * size - 1)
     assert [len(table) for table in cache.store.tables] == [1, 1]
     cache.append(random_step(2, 1))
     assert [len(table) for table in cache.store.tables] == [2, 2]
@@ -117,7 +117,7 @@ def test_pages_of_dropped_sequences_are_used_again():
 
 
 def test_crop_inside_the_residual_is_exact(config: MixKVQConfig):
-    length = config.sinks + config.residual_length + 15
+    length = config.sinks + 2 * config.residual_length - 1
     step = random_step(1, length)
     cache = layer_cache(config, step)
     cache.append(step.tokens(0, length - 9))
@@ -153,6 +153,7 @@ def test_crop_to_nothing_and_on():
 
 
 def test_predicted_and_held_bytes_agree(config: MixKVQConfig):
+    config = config.replace(recent=0.0)
     step = random_step(2, config.sinks + 5 * config.residual_length, dim=32)
     cache = layer_cache(config, step)
     cache.append(step)

@@ -18,6 +18,7 @@ from mixkvq.quant.salience import SAMPLED_EVERY, QueryStatistics
 from mixkvq.store import MemoryReport, PagedStore
 from mixkvq.store.appending import FullBlocks
 from mixkvq.store.packing import chunk_counts
+from mixkvq.store.recent import RecentTokens
 from mixkvq.store.tensors import CacheTensors
 
 
@@ -38,7 +39,8 @@ class LayerCache:
         self.recipe = Recipe.of(config, policy, kv_heads, key_dim, like.values.shape[3], like.keys.dtype)
         device = like.keys.device
         self.recipe.warn_of_torch(device)
-        self.store = PagedStore(self.recipe.layout, batch, config.sinks, device)
+        recent = RecentTokens(policy.recent, config.recent_of)
+        self.store = PagedStore(self.recipe.layout, batch, config.sinks, device, recent)
         self.statistics = self.recipe.new_statistics(batch, device)
 
     @property

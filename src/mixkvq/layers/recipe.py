@@ -178,8 +178,8 @@ class Recipe:
         return has_kernels(device) and not self._unpacked
 
     def decodes_on(self, device: torch.device) -> bool:
-        """Whether a device has kernels that read the pages; otherwise torch operations do."""
-        return has_kernels(device) and not unserved(self.layout)
+        """Whether a device has kernels that read the cache; otherwise torch operations do."""
+        return has_kernels(device) and not unread(self.layout, self.policy)
 
     @property
     def _unpacked(self) -> str | None:
@@ -190,7 +190,7 @@ class Recipe:
 
     def warn_of_torch(self, device: torch.device) -> None:
         """Say that a device with kernels works without them."""
-        if has_kernels(device) and (reason := unserved(self.layout)):
+        if has_kernels(device) and (reason := unread(self.layout, self.policy)):
             warnings.warn(
                 f"No GPU kernel serves this cache, as {reason}: torch operations do, which are much slower. "
                 "`mixkvq caches` lists what runs on kernels.",
@@ -310,6 +310,13 @@ def expected_bits(
     return page.key_bits, page.value_bits, promoted is not None
 
 
+def unread(layout: PageLayout, policy: Policy) -> str | None:
+    """Why no kernel of a GPU reads a cache of a layer, which is then left to torch operations, or None."""
+    if policy.recent:
+        return f"it keeps a share of the context out of its pages (recent={policy.recent:g})"
+    return unserved(layout)
+
+
 def fits_fixed(config: MixKVQConfig, device: torch.device) -> bool:
     """Whether a cache of a fixed size serves a configuration on a device; the growing one serves all."""
     for own in [config.for_layer(i) for i in range(len(config.layers))] or [config]:
@@ -326,7 +333,8 @@ def expected_kernel(config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: t
     """
     if policy_class(config.policy).evicts:
         return "torch"
-    return kernel_of_format(_expected_layout(config, kv_heads, head_dim, dtype)[0], dtype)
+    layout, policy = _expected_layout(config, kv_heads, head_dim, dtype)
+    return "torch" if unread(layout, policy) else kernel_of_format(layout, dtype)
 
 
 def _expected_layout(

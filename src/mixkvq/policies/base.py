@@ -97,6 +97,13 @@ class Policy(ABC):
         return {}
 
     @property
+    def recent(self) -> float:
+        """Share of the context that a layer keeps in the model's type as its newest tokens; such caches are growing
+        ones, and read by torch operations.
+        """
+        return 0.0
+
+    @property
     def rule(self) -> PlanRule | None:
         """The same as :meth:`plan` for kernels that plan on the device; None: there is only :meth:`plan`."""
         return None

@@ -35,7 +35,7 @@ class KIVI(Policy):
     }
 
     @property
-    def rule(self) -> PlanRule:
+    def rule(self) -> PlanRule | None:
         return PlanRule("none")
 
     def plan(self, block: KeyBlock) -> Tensor:

@@ -215,7 +215,7 @@ class EvictingStore:
 
     def memory(self) -> MemoryReport:
         """Bytes held, by part; tensors that sequences share count once."""
-        report = MemoryReport(evicts=True)
+        report = MemoryReport(counts_all=True)
         shared = {id(tensor): (part, tensor) for row in self.rows for part, tensor in row.parts()}
         for part, tensor in shared.values():
             report.parts[part] += tensor.nbytes

@@ -23,13 +23,15 @@ class MemoryReport:
 
     Attributes:
         parts: bytes of the tensors really held: the packed parts (:data:`PACKED_PARTS`), ``sinks``, ``residual``
-            (allocated in full from the start), ``statistics`` (running query sums), ``tables`` (block table, lengths),
-            ``spare`` (room allocated ahead of need) and ``other layers`` (layers this package leaves alone: sliding
-            windows and the like).
+            (its room is allocated in blocks of R), ``statistics`` (running query sums), ``tables`` (block table,
+            lengths), ``spare`` (room allocated ahead of need) and ``other layers`` (layers this package leaves alone:
+            sliding windows and the like).
         packed_keys, packed_values: elements in pages.
         key_code_bits, value_code_bits: bits of their codes, each channel counted at its tier's width.
         elements: elements of all tokens seen by the quantized layers, keys and values together.
         evicted: those of them that are not held any more.
+        counts_all: whether bits are those of everything held, as packed tokens alone do not say what the context costs:
+            some were evicted, or a share of it is never packed.
     """
 
     parts: Counter[str] = field(default_factory=Counter)
@@ -39,7 +41,7 @@ class MemoryReport:
     value_code_bits: int = 0
     elements: int = 0
     evicted: int = 0
-    evicts: bool = False
+    counts_all: bool = False
 
     def __add__(self, other: MemoryReport) -> MemoryReport:
         return MemoryReport(
@@ -50,7 +52,7 @@ class MemoryReport:
             self.value_code_bits + other.value_code_bits,
             self.elements + other.elements,
             self.evicted + other.evicted,
-            self.evicts or other.evicts,
+            self.counts_all or other.counts_all,
         )
 
     def check(self, tensors: Iterable[Tensor]) -> None:
@@ -100,15 +102,15 @@ class MemoryReport:
 
     @property
     def size_bits(self) -> float:
-        """What caches are compared by: :attr:`bits`, or :attr:`bits_held` of a cache that evicts tokens, or has none
-        packed: then what is packed says nothing of the tokens seen.
+        """What caches are compared by: :attr:`bits`, or :attr:`bits_held` of a cache that :attr:`counts_all`, or has
+        none packed: then what is packed says nothing of the tokens seen.
         """
-        return self.bits_held if self.evicts or not self.packed_keys else self.bits
+        return self.bits_held if self.counts_all or not self.packed_keys else self.bits
 
     @property
     def quantized_bits(self) -> float | None:
-        """:attr:`size_bits`; None of a cache that keeps all tokens and has packed none yet."""
-        return self.size_bits if self.evicts or self.packed_keys else None
+        """:attr:`size_bits`; None of a cache that has packed none yet and does not :attr:`counts_all`."""
+        return self.size_bits if self.counts_all or self.packed_keys else None
 
 
 def packed_report(layout: PageLayout, pages: int, promoted: dict[int, int]) -> MemoryReport:

@@ -1,8 +1,10 @@
 """One layer's cache: sinks, pages found through a block table, and the residual.
 
 Sequences are independent of each other: padding is never stored, every sequence has its own length, and a token's
-place follows from its number ``i`` alone. The first ``sinks`` tokens stay where they are; after them, token ``j = i -
-sinks`` belongs to block ``j // R``, which is a page once it is complete and the residual until then.
+place follows from its number ``i`` and the length of the block table. The first ``sinks`` tokens stay where they are;
+after them, token ``j = i - sinks`` belongs to block ``j // R``. Blocks that the table names are pages, and all later
+tokens are the residual. :class:`~mixkvq.store.recent.RecentTokens` says when its oldest block is packed: as soon as it
+is complete, unless a share of the context stays as it is.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mixkvq.quant.block import QuantizedKeys, QuantizedValues
 from mixkvq.store.appending import FullBlocks
-from mixkvq.store.books import HostBooks
+from mixkvq.store.books import HostBooks, blocks_of
 from mixkvq.store.layout import PageLayout
 from mixkvq.store.memory import MemoryReport, packed_report
 from mixkvq.store.packing import chunk_counts, write_blocks
 from mixkvq.store.pool import ChunkPool, PagePool
+from mixkvq.store.recent import RecentTokens
 from mixkvq.store.tensors import CacheTensors, places
 from mixkvq.store.view import DenseTokens, PackedPages
 
@@ -32,11 +36,20 @@ class PagedStore:
         batch: sequences.
         sinks: tokens of each sequence that are never quantized.
         device: where everything but the books is held.
+        recent: which of the newest tokens are not packed yet.
     """
 
-    def __init__(self, layout: PageLayout, batch: int, sinks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: PageLayout,
+        batch: int,
+        sinks: int,
+        device: torch.device,
+        recent: RecentTokens = RecentTokens(),  # noqa: B008  # frozen
+    ) -> None:
         self.layout = layout
         self.sinks = sinks
+        self.recent = recent
         self.lengths = [0] * batch
         self.tables: list[list[int]] = [[] for _ in range(batch)]
         self.pages = PagePool(layout.page, device)
@@ -72,8 +85,9 @@ class PagedStore:
         """
         if keys.shape[2] == 1 and real is None:
             yield from self._append_one(keys, values)
-            return
-        yield from FullBlocks.joined(self._append_rows(keys, values, real))
+        else:
+            yield from FullBlocks.joined(self._append_rows(keys, values, real))
+        self._shrink()
 
     def _append_rows(self, keys: Tensor, values: Tensor, real: Tensor | None) -> Iterator[FullBlocks]:
         for row in range(self.batch):
@@ -83,29 +97,47 @@ class PagedStore:
             yield from self._append_many(row, k, v)
 
     def _append_one(self, keys: Tensor, values: Tensor) -> Iterator[FullBlocks]:
-        slots = [self._slot(length) for length in self.lengths]
+        slots = [self._filled(row) for row in range(self.batch)]
+        self._grow(max(slots, default=0) + 1)
         if len(set(slots)) == 1:
             self.dense_keys[:, :, slots[0]] = keys[:, :, 0]
             self.dense_values[:, :, slots[0]] = values[:, :, 0]
         else:
-            _, filled = places(self.device_lengths(), self.sinks, self.layout.tokens)
-            rows, columns = torch.arange(self.batch, device=self.device), filled.long()
+            rows, columns = torch.arange(self.batch, device=self.device), self._on_device(slots)
             self.dense_keys[rows, :, columns] = keys[:, :, 0].to(self.dense_keys.dtype)
             self.dense_values[rows, :, columns] = values[:, :, 0].to(self.dense_values.dtype)
         self.lengths = [length + 1 for length in self.lengths]
         self._books.step()
-        full = [row for row, slot in enumerate(slots) if slot == self.sinks + self.layout.tokens - 1]
-        if full:
-            yield FullBlocks(self.dense_keys[full, :, self.sinks :], self.dense_values[full, :, self.sinks :], full)
+        ready = [self._blocks_to_pack(row) for row in range(self.batch)]
+        for blocks in sorted({*ready} - {0}):
+            yield self._take([row for row, count in enumerate(ready) if count == blocks], blocks)
+
+    def _on_device(self, slots: Sequence[int]) -> Tensor:
+        """The slots ``[B]`` int64 of every sequence's next token, where these differ."""
+        if self.recent.share:  # what is packed is known on the host alone
+            return torch.tensor(slots).to(self.device)
+        _, filled = places(self.device_lengths(), self.sinks, self.layout.tokens)
+        return filled.long()
+
+    def _take(self, rows: list[int], blocks: int) -> FullBlocks:
+        """The oldest blocks of the residuals of some sequences, in which what is left moves to the front."""
+        size = blocks * self.layout.tokens
+        first, end = self.sinks, max(self._filled(row) for row in rows)
+        taken = []
+        for dense in (self.dense_keys, self.dense_values):
+            oldest = dense[rows, :, first : first + size]
+            dense[rows, :, first : end - size] = dense[rows, :, first + size : end]
+            taken.append(oldest.unflatten(2, (blocks, -1)).transpose(1, 2).flatten(0, 1))
+        return FullBlocks(*taken, [row for row in rows for _ in range(blocks)])
 
     def _append_many(self, row: int, keys: Tensor, values: Tensor) -> Iterator[FullBlocks]:
         length, size = self.lengths[row], self.layout.tokens
         to_sinks = min(max(self.sinks - length, 0), keys.shape[1])
         self._put(row, length, keys[:, :to_sinks], values[:, :to_sinks])
-        keys, values = keys[:, to_sinks:], values[:, to_sinks:]
-        self.lengths[row] += to_sinks
         waiting = self._waiting(row)
-        blocks = (waiting + keys.shape[1]) // size
+        self.lengths[row] += keys.shape[1]
+        keys, values = keys[:, to_sinks:], values[:, to_sinks:]
+        blocks = self._blocks_to_pack(row)
         if blocks:
             old = slice(self.sinks, self.sinks + waiting)
             keys = torch.cat([self.dense_keys[row, :, old], keys.to(self.dense_keys.dtype)], 1)
@@ -113,19 +145,19 @@ class PagedStore:
             full_keys = keys[:, : blocks * size].unflatten(1, (blocks, size)).transpose(0, 1)
             full_values = values[:, : blocks * size].unflatten(1, (blocks, size)).transpose(0, 1)
             keys, values = keys[:, blocks * size :], values[:, blocks * size :]
-            self.lengths[row] += blocks * size - waiting
+            waiting = 0
             yield FullBlocks(full_keys, full_values, [row] * blocks)
-        self._put(row, self._slot(self.lengths[row]), keys, values)
-        self.lengths[row] += keys.shape[1]
+        self._grow(self.sinks + waiting + keys.shape[1])
+        self._put(row, self.sinks + waiting, keys, values)
         self._books.forget_lengths()
-
-    def _slot(self, token: int) -> int:
-        """Where token number ``token`` lies among the dense slots, sinks first."""
-        return token if token < self.sinks else self.sinks + (token - self.sinks) % self.layout.tokens
 
     def _waiting(self, row: int) -> int:
         """Tokens of a sequence in the residual."""
-        return max(self.lengths[row] - self.sinks, 0) % self.layout.tokens
+        return max(self.lengths[row] - self.sinks - self.layout.tokens * len(self.tables[row]), 0)
+
+    def _blocks_to_pack(self, row: int) -> int:
+        """Complete blocks in the residual of a sequence that do not stay there."""
+        return self.recent.blocks_to_pack(self._waiting(row), self.lengths[row], self.layout.tokens)
 
     def _filled(self, row: int) -> int:
         """Dense slots that a sequence uses: its sinks, and after them its residual."""
@@ -135,6 +167,26 @@ class PagedStore:
         count = keys.shape[1]
         self.dense_keys[row, :, slot : slot + count] = keys
         self.dense_values[row, :, slot : slot + count] = values
+
+    # The residual has room for whole blocks, and for one at least
+
+    def _slots_for(self, used: int) -> int:
+        """Dense slots of every sequence when one uses so many."""
+        size = self.layout.tokens
+        return self.sinks + max(-(-(used - self.sinks) // size), 1) * size
+
+    def _grow(self, used: int) -> None:
+        more = self._slots_for(used) - self.dense_keys.shape[2]
+        if more > 0:  # zeros, as at first
+            self.dense_keys = pad(self.dense_keys, (0, 0, 0, more))
+            self.dense_values = pad(self.dense_values, (0, 0, 0, more))
+
+    def _shrink(self) -> None:
+        """Give memory back when more than a quarter of the dense slots is unused."""
+        slots = self._slots_for(max((self._filled(row) for row in range(self.batch)), default=0))
+        if 4 * slots < 3 * self.dense_keys.shape[2]:
+            self.dense_keys = self.dense_keys[:, :, :slots].clone()
+            self.dense_values = self.dense_values[:, :, :slots].clone()
 
     # Blocks become pages
 
@@ -213,7 +265,15 @@ class PagedStore:
 
         Args:
             rotated: whether values were rotated before they were stored.
+
+        Raises:
+            ValueError: a share of the context is kept as it is, and kernels take places to follow from lengths.
         """
+        if self.recent.share:
+            raise ValueError(
+                f"Kernels find tokens by their numbers, and this cache keeps a share of the context (recent="
+                f"{self.recent.share:g}) out of its pages: read it by attend()."
+            )
         return CacheTensors(
             layout=self.layout,
             sinks=self.sinks,
@@ -238,6 +298,7 @@ class PagedStore:
         self.lengths = [self.lengths[row] for row in rows]
         at = torch.tensor(list(rows), dtype=torch.long, device=self.device)
         self.dense_keys, self.dense_values = self.dense_keys[at], self.dense_values[at]
+        self._shrink()
         for table in old:
             self._release(table)
         self._compact()
@@ -249,7 +310,7 @@ class PagedStore:
             restored: keys and values ``[Hkv, n, D]`` of the last, now incomplete block, where the cut runs through a
                 page: they go back to the residual (:meth:`cut_page` says which page that is).
         """
-        blocks = max(length - self.sinks, 0) // self.layout.tokens
+        blocks = blocks_of(length, self.sinks, self.layout.tokens)
         self._release(self.tables[row][blocks:])
         self.tables[row] = self.tables[row][:blocks]
         self.lengths[row] = length
@@ -260,6 +321,7 @@ class PagedStore:
         self.dense_values[row, :, left:] = 0
         if restored is not None:
             self._put(row, self.sinks, *restored)
+        self._shrink()
         self._compact()
 
     def cut_page(self, row: int, length: int) -> tuple[int, int] | None:
@@ -300,10 +362,11 @@ class PagedStore:
                 parts[part] += pool.used * size
             parts["spare"] += pool.data.nbytes - pool.used * pool.record.nbytes
         dense = self.dense_keys.nbytes + self.dense_values.nbytes
-        parts["sinks"] = dense * self.sinks // (self.sinks + layout.tokens)
+        parts["sinks"] = dense * self.sinks // self.dense_keys.shape[2]
         parts["residual"] = dense - parts["sinks"]
         parts["tables"] = sum(tensor.nbytes for tensor in self._held_books())
         report.elements = layout.token_elements * sum(self.lengths)
+        report.counts_all = self.recent.share > 0
         report.check(self.tensors())
         return report
 

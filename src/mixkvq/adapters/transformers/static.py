@@ -65,6 +65,11 @@ class MixKVQStaticCache(Cache):
                 raise ConfigError(
                     f"MixKVQStaticCache keeps all tokens, and the {each.name} policy evicts some. Use MixKVQCache."
                 )
+            if each.recent:
+                raise ConfigError(
+                    f"MixKVQStaticCache has a residual of a fixed size, and the {each.name} policy keeps a share of "
+                    f"the context there (recent={each.recent:g}). Set recent to 0, or use MixKVQCache."
+                )
             if each.rule is None:
                 raise ConfigError(
                     f"MixKVQStaticCache decides bits on the device, by a policy's rule, and {type(each).__name__} has "
