@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 
 from chats import chat_tokenizer
 from mixkvq import MixKVQConfig, all_presets
+from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.layers import LayerCache, Step, new_layer_cache
 from mixkvq.layers.recipe import expected_kernel
 from mixkvq.policies import policy_class
@@ -103,3 +104,16 @@ def random_step(
 def layer_cache(config: MixKVQConfig, step: Step) -> LayerCache:
     """An empty cache of one layer for steps of that shape."""
     return new_layer_cache(config, policy_class(config.policy)(config), step)
+
+
+def tokens(cache: LayerCache, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All tokens of a sequence in order, as they are stored."""
+    store = cache.store
+    sinks = min(store.lengths[row], store.sinks)
+    waiting = store._waiting(row)
+    parts = [(store.dense_keys[row, :, :sinks], store.dense_values[row, :, :sinks])]
+    if store.tables[row]:
+        parts.append(dequantize_pages(store.packed(), row, rotated=cache.rotated))
+    residual = slice(store.sinks, store.sinks + waiting)
+    parts.append((store.dense_keys[row, :, residual], store.dense_values[row, :, residual]))
+    return torch.cat([k for k, _ in parts], 1), torch.cat([v for _, v in parts], 1)

@@ -66,6 +66,12 @@ def test_overrides_as_the_command_line_writes_them():
         ("window-512:key_axis=token", "The window policy has no key_axis: leave it out"),
         ("kivi-2:tau_uint4=2.5", "kivi policy has no tau_uint4, which is for mixkvq"),
         ("kitty:budget=none", "kitty policy needs a budget"),
+        ("kivi-2:recent=0.1", "kivi policy has no recent, which is for kvmix: leave it out"),
+        ("kivi-2:recent_of=residual", "kivi policy has no recent_of, which is for kvmix: leave it out"),
+        ("kvmix:recent=0.5", "recent is a share from 0 to 0.4; recent=0.5 was given"),
+        ("kvmix:recent=-0.1", "recent is a share from 0 to 0.4"),
+        ("kvmix:recent=nan", "recent is a share from 0 to 0.4"),
+        ("kvmix:recent_of=window", "recent_of is one of context, residual"),
         ("bf16:key_bits=4", "bf16 policy quantizes nothing"),
     ],
 )

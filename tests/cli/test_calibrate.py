@@ -103,6 +103,7 @@ def test_kvmix_writes_its_profile(chat: Path, tmp_path: Path):
     assert result.exit_code == 0, result.output
     found = Calibration.read(out)
     assert found.config.policy == "kvmix"
+    assert found.config.recent == 0.1
     assert set(found.results["key_norms"]) == {"0", "1"}
     assert MixKVQConfig.parse(str(out)) == found.config
 

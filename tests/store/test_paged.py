@@ -2,9 +2,8 @@
 
 import torch
 
-from conftest import layer_cache, random_step
+from conftest import layer_cache, random_step, tokens
 from mixkvq import MixKVQConfig
-from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.layers import LayerCache, Step
 from mixkvq.store.memory import PACKED_PARTS
 
@@ -19,19 +18,6 @@ def filled(config: MixKVQConfig | str, *lengths: int, batch: int = 2, **shape: i
         cache.append(step)
     assert cache is not None
     return cache
-
-
-def tokens(cache: LayerCache, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """All tokens of a sequence in order, as they are stored."""
-    store = cache.store
-    sinks = min(store.lengths[row], store.sinks)
-    waiting = store._waiting(row)
-    parts = [(store.dense_keys[row, :, :sinks], store.dense_values[row, :, :sinks])]
-    if store.tables[row]:
-        parts.append(dequantize_pages(store.packed(), row, rotated=cache.rotated))
-    residual = slice(store.sinks, store.sinks + waiting)
-    parts.append((store.dense_keys[row, :, residual], store.dense_values[row, :, residual]))
-    return torch.cat([k for k, _ in parts], 1), torch.cat([v for _, v in parts], 1)
 
 
 def test_life_of_a_token(config: MixKVQConfig):

@@ -6,15 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
-from conftest import layer_cache, random_step
-from mixkvq import MixKVQCache, MixKVQConfig
-from mixkvq.kernels.reference import attention, dequantize_pages
+from conftest import layer_cache, random_step, tokens
+from mixkvq import ConfigError, MixKVQCache, MixKVQConfig, MixKVQStaticCache
 from mixkvq.layers import LayerCache, Step
+from mixkvq.layers.recipe import expected_kernel, fits_fixed
+from mixkvq.models import attention
+from mixkvq.policies import policy_class
 from mixkvq.store.recent import RecentTokens
 from models import VOCABULARY, tiny_model
-from store.test_paged import tokens
 
 #: Wide layers keep twice the share: .2 of the context here.
 EXACT = "kvmix:key_bits=16,value_bits=16,recent=0.1,residual_length=16,key_group=16"
@@ -152,20 +153,6 @@ def test_attention_over_all_tokens_whatever_happens(first: int, counts: list[int
         cache.memory()  # checks its parts against the tensors
 
 
-def test_attention_reads_the_residual():
-    step, new = random_step(2, 150), random_step(2, 1)
-    cache = stored(NARROW, step, [150])
-    output = cache.attend(new, None, scaling=0.25)
-    pages, dense = cache.store.packed(), cache.store.dense()
-    for row in range(2):
-        k, v = dequantize_pages(pages, row)
-        keys = torch.cat([k, dense.keys[row], new.keys[row]], 1)[None]
-        values = torch.cat([v, dense.values[row], new.values[row]], 1)[None]
-        visible = torch.ones(1, 1, keys.shape[2], dtype=torch.bool)
-        expected = attention(new.query[row : row + 1], keys, values, visible, scaling=0.25)
-        assert torch.allclose(output[row : row + 1], expected, atol=1e-5)
-
-
 def test_dense_slots_come_and_go_in_whole_blocks():
     cache = stored(NARROW, random_step(2, 400), [400])
     assert blocks(cache) == [20, 20]
@@ -197,12 +184,17 @@ def test_bits_count_what_is_kept():
     assert not stored("kvmix:recent=0", step, [1600]).memory().counts_all
 
 
+def backend(cache) -> str:
+    return "mixkvq" if isinstance(cache, MixKVQCache) else "eager"
+
+
 def generated(model, cache, **options) -> torch.Tensor:
-    prompts = torch.randint(3, VOCABULARY, (3, 90), generator=torch.Generator().manual_seed(4))
-    mask = torch.arange(90) >= torch.tensor([0, 17, 60])[:, None]
-    settings = GenerationConfig(max_new_tokens=60, min_new_tokens=60, do_sample=False, **options)
-    ids = prompts.masked_fill(~mask, 0)
-    return model.generate(ids, attention_mask=mask.long(), generation_config=settings, past_key_values=cache)
+    """What is written after three prompts of 90, 73 and 30 tokens, padded on the left."""
+    ids = torch.randint(3, VOCABULARY, (3, 90), generator=torch.Generator().manual_seed(4))
+    mask = (torch.arange(90) >= torch.tensor([0, 17, 60])[:, None]).long()
+    options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, **options}
+    with attention(model, backend(cache)):
+        return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
 
 
 @pytest.mark.parametrize("of", ["context", "residual"])
@@ -215,14 +207,45 @@ def test_generation_equals_the_stock_cache(of: str, options: dict):
 
 @pytest.mark.parametrize("of", ["context", "residual"])
 def test_cropped_and_selected_batches_equal_the_stock_cache(of: str):
-    model = tiny_model("llama")
-    prompts = torch.randint(3, VOCABULARY, (3, 120))
-    logits = []
+    model, logits = tiny_model("llama"), []
+    ids = torch.randint(3, VOCABULARY, (3, 120))
     for cache in (MixKVQCache(model.config, f"{EXACT},recent_of={of}"), DynamicCache(config=model.config)):
-        model(prompts, past_key_values=cache)
-        cache.crop(-50)
-        cache.batch_select_indices(torch.tensor([2, 0]))
-        for token in range(20):
-            output = model(prompts[:2, token : token + 1], past_key_values=cache).logits
+        with attention(model, backend(cache)), torch.no_grad():
+            model(ids, past_key_values=cache)
+            cache.crop(-50)
+            cache.batch_select_indices(torch.tensor([2, 0]))
+            for token in range(20):
+                output = model(ids[:2, token : token + 1], past_key_values=cache).logits
         logits.append(output)
     assert torch.allclose(*logits, atol=1e-4)
+
+
+def test_whose_share_it_is():
+    narrow, wide, off = (
+        policy_class("kvmix")(MixKVQConfig.parse(text)) for text in ("kvmix", "kvmix:value_bits=4", "kvmix:recent=0")
+    )
+    assert (narrow.recent, wide.recent, off.recent) == (0.1, 0.2, 0.0)
+    assert narrow.rule is None
+    assert off.rule is not None
+    profile = MixKVQConfig.parse("kvmix-smollm2-135m.json:recent=0")
+    assert all(policy_class("kvmix")(profile.for_layer(layer)).recent == 0 for layer in range(30))
+
+
+def test_what_no_kernel_serves():
+    model = tiny_model("llama")
+    for text in ("kvmix", "kvmix:recent=0.3,recent_of=residual"):
+        assert expected_kernel(MixKVQConfig.parse(text), 8, 128) == "torch"
+        assert not fits_fixed(MixKVQConfig.parse(text), torch.device("cpu"))
+    assert expected_kernel(MixKVQConfig.parse("kvmix:recent=0"), 8, 128) == "cuda"
+    with pytest.raises(ConfigError, match=r"the kvmix policy keeps a share of the context there \(recent=0.1\). Set"):
+        MixKVQStaticCache(model.config, "kvmix", max_tokens=512)
+    MixKVQStaticCache(model.config, "kvmix:recent=0", max_tokens=512)
+    with pytest.raises(ValueError, match=r"keeps a share of the context \(recent=0.2\) out of its pages"):
+        stored(NARROW, random_step(1, 20), [20]).tensors()
+
+
+def test_a_gpu_says_that_torch_reads_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mixkvq.layers.recipe.has_kernels", lambda device: True)
+    with pytest.warns(UserWarning, match=r"keeps a share of the context out of its pages \(recent=0.1\)"):
+        cache = layer_cache(MixKVQConfig.preset("kvmix"), random_step(1, 20))
+    assert not cache.recipe.decodes_on(torch.device("cpu"))
