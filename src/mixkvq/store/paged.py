@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mixkvq.quant.block import QuantizedKeys, QuantizedValues
 from mixkvq.store.appending import FullBlocks
 from mixkvq.store.books import HostBooks, blocks_of
+from mixkvq.store.dense import DenseSlots
 from mixkvq.store.layout import PageLayout
 from mixkvq.store.memory import MemoryReport, packed_report
 from mixkvq.store.packing import chunk_counts, write_blocks
@@ -54,10 +54,7 @@ class PagedStore:
         self.tables: list[list[int]] = [[] for _ in range(batch)]
         self.pages = PagePool(layout.page, device)
         self.chunks = {bits: ChunkPool(record, device) for bits, record in layout.chunks.items()}
-        # Zeros, because masked slots are multiplied by a probability of zero, which would not silence a NaN.
-        shape = (batch, layout.kv_heads, sinks + layout.tokens)
-        self.dense_keys = torch.zeros(*shape, layout.key_dim, dtype=layout.dense_dtype, device=device)
-        self.dense_values = torch.zeros(*shape, layout.value_dim, dtype=layout.dense_dtype, device=device)
+        self.slots = DenseSlots(layout, batch, sinks, device)
         self._packed: PackedPages | None = None
         self._books = HostBooks(device)
 
@@ -65,6 +62,16 @@ class PagedStore:
     def chunk_data(self) -> dict[int, Tensor]:
         """The chunks' records by promoted width."""
         return {bits: pool.data for bits, pool in self.chunks.items()}
+
+    @property
+    def dense_keys(self) -> Tensor:
+        """Keys of sinks and residual, ``[B, Hkv, slots, D]``."""
+        return self.slots.keys
+
+    @property
+    def dense_values(self) -> Tensor:
+        """Their values."""
+        return self.slots.values
 
     @property
     def batch(self) -> int:
@@ -87,7 +94,7 @@ class PagedStore:
             yield from self._append_one(keys, values)
         else:
             yield from FullBlocks.joined(self._append_rows(keys, values, real))
-        self._shrink()
+        self.slots.shrink(self._most_filled())
 
     def _append_rows(self, keys: Tensor, values: Tensor, real: Tensor | None) -> Iterator[FullBlocks]:
         for row in range(self.batch):
@@ -98,19 +105,16 @@ class PagedStore:
 
     def _append_one(self, keys: Tensor, values: Tensor) -> Iterator[FullBlocks]:
         slots = [self._filled(row) for row in range(self.batch)]
-        self._grow(max(slots, default=0) + 1)
-        if len(set(slots)) == 1:
-            self.dense_keys[:, :, slots[0]] = keys[:, :, 0]
-            self.dense_values[:, :, slots[0]] = values[:, :, 0]
-        else:
-            rows, columns = torch.arange(self.batch, device=self.device), self._on_device(slots)
-            self.dense_keys[rows, :, columns] = keys[:, :, 0].to(self.dense_keys.dtype)
-            self.dense_values[rows, :, columns] = values[:, :, 0].to(self.dense_values.dtype)
+        self.slots.grow(max(slots, default=0) + 1)
+        same = len(set(slots)) == 1
+        self.slots.put_one(slots[0] if same else self._on_device(slots), keys[:, :, 0], values[:, :, 0])
         self.lengths = [length + 1 for length in self.lengths]
         self._books.step()
         ready = [self._blocks_to_pack(row) for row in range(self.batch)]
         for blocks in sorted({*ready} - {0}):
-            yield self._take([row for row, count in enumerate(ready) if count == blocks], blocks)
+            rows = [row for row, count in enumerate(ready) if count == blocks]
+            taken = self.slots.take(rows, blocks, max(self._filled(row) for row in rows))
+            yield FullBlocks(*taken, [row for row in rows for _ in range(blocks)])
 
     def _on_device(self, slots: Sequence[int]) -> Tensor:
         """The slots ``[B]`` int64 of every sequence's next token, where these differ."""
@@ -119,21 +123,10 @@ class PagedStore:
         _, filled = places(self.device_lengths(), self.sinks, self.layout.tokens)
         return filled.long()
 
-    def _take(self, rows: list[int], blocks: int) -> FullBlocks:
-        """The oldest blocks of the residuals of some sequences, in which what is left moves to the front."""
-        size = blocks * self.layout.tokens
-        first, end = self.sinks, max(self._filled(row) for row in rows)
-        taken = []
-        for dense in (self.dense_keys, self.dense_values):
-            oldest = dense[rows, :, first : first + size]
-            dense[rows, :, first : end - size] = dense[rows, :, first + size : end]
-            taken.append(oldest.unflatten(2, (blocks, -1)).transpose(1, 2).flatten(0, 1))
-        return FullBlocks(*taken, [row for row in rows for _ in range(blocks)])
-
     def _append_many(self, row: int, keys: Tensor, values: Tensor) -> Iterator[FullBlocks]:
         length, size = self.lengths[row], self.layout.tokens
         to_sinks = min(max(self.sinks - length, 0), keys.shape[1])
-        self._put(row, length, keys[:, :to_sinks], values[:, :to_sinks])
+        self.slots.put(row, length, keys[:, :to_sinks], values[:, :to_sinks])
         waiting = self._waiting(row)
         self.lengths[row] += keys.shape[1]
         keys, values = keys[:, to_sinks:], values[:, to_sinks:]
@@ -147,8 +140,8 @@ class PagedStore:
             keys, values = keys[:, blocks * size :], values[:, blocks * size :]
             waiting = 0
             yield FullBlocks(full_keys, full_values, [row] * blocks)
-        self._grow(self.sinks + waiting + keys.shape[1])
-        self._put(row, self.sinks + waiting, keys, values)
+        self.slots.grow(self.sinks + waiting + keys.shape[1])
+        self.slots.put(row, self.sinks + waiting, keys, values)
         self._books.forget_lengths()
 
     def _waiting(self, row: int) -> int:
@@ -163,30 +156,8 @@ class PagedStore:
         """Dense slots that a sequence uses: its sinks, and after them its residual."""
         return min(self.lengths[row], self.sinks) + self._waiting(row)
 
-    def _put(self, row: int, slot: int, keys: Tensor, values: Tensor) -> None:
-        count = keys.shape[1]
-        self.dense_keys[row, :, slot : slot + count] = keys
-        self.dense_values[row, :, slot : slot + count] = values
-
-    # The residual has room for whole blocks, and for one at least
-
-    def _slots_for(self, used: int) -> int:
-        """Dense slots of every sequence when one uses so many."""
-        size = self.layout.tokens
-        return self.sinks + max(-(-(used - self.sinks) // size), 1) * size
-
-    def _grow(self, used: int) -> None:
-        more = self._slots_for(used) - self.dense_keys.shape[2]
-        if more > 0:  # zeros, as at first
-            self.dense_keys = pad(self.dense_keys, (0, 0, 0, more))
-            self.dense_values = pad(self.dense_values, (0, 0, 0, more))
-
-    def _shrink(self) -> None:
-        """Give memory back when more than a quarter of the dense slots is unused."""
-        slots = self._slots_for(max((self._filled(row) for row in range(self.batch)), default=0))
-        if 4 * slots < 3 * self.dense_keys.shape[2]:
-            self.dense_keys = self.dense_keys[:, :, :slots].clone()
-            self.dense_values = self.dense_values[:, :, :slots].clone()
+    def _most_filled(self) -> int:
+        return max((self._filled(row) for row in range(self.batch)), default=0)
 
     # Blocks become pages
 
@@ -297,8 +268,8 @@ class PagedStore:
         self._books.forget_lengths()
         self.lengths = [self.lengths[row] for row in rows]
         at = torch.tensor(list(rows), dtype=torch.long, device=self.device)
-        self.dense_keys, self.dense_values = self.dense_keys[at], self.dense_values[at]
-        self._shrink()
+        self.slots.select(at)
+        self.slots.shrink(self._most_filled())
         for table in old:
             self._release(table)
         self._compact()
@@ -315,13 +286,10 @@ class PagedStore:
         self.tables[row] = self.tables[row][:blocks]
         self.lengths[row] = length
         self._books.forget_lengths()
-        # What was cut may be anything, and a masked slot must be finite.
-        left = self._filled(row)
-        self.dense_keys[row, :, left:] = 0
-        self.dense_values[row, :, left:] = 0
+        self.slots.clear(row, self._filled(row))
         if restored is not None:
-            self._put(row, self.sinks, *restored)
-        self._shrink()
+            self.slots.put(row, self.sinks, *restored)
+        self.slots.shrink(self._most_filled())
         self._compact()
 
     def cut_page(self, row: int, length: int) -> tuple[int, int] | None:
@@ -361,8 +329,8 @@ class PagedStore:
             for part, size in pool.record.part_bytes().items():
                 parts[part] += pool.used * size
             parts["spare"] += pool.data.nbytes - pool.used * pool.record.nbytes
-        dense = self.dense_keys.nbytes + self.dense_values.nbytes
-        parts["sinks"] = dense * self.sinks // self.dense_keys.shape[2]
+        dense = self.slots.nbytes
+        parts["sinks"] = dense * self.sinks // self.slots.count
         parts["residual"] = dense - parts["sinks"]
         parts["tables"] = sum(tensor.nbytes for tensor in self._held_books())
         report.elements = layout.token_elements * sum(self.lengths)
