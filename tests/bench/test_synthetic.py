@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixkvq import MixKVQConfig
+from mixkvq import ConfigError, MixKVQConfig
 from mixkvq.bench.decoding import PackedDecoding, RandomBlocks
 from mixkvq.bench.kernel import KernelShape, WrongResultError, bench_kernel
 from mixkvq.bench.shapes import SHAPES, random_model, weight_bytes
@@ -35,6 +35,12 @@ def check_content(source: PackedBlocks, cache: CacheTensors, row: int) -> None:
     expected_keys, expected_values = source.content(cache.table[row, :count])
     assert torch.equal(keys, expected_keys)
     assert torch.allclose(values, expected_values, atol=1e-5)
+
+
+def test_a_share_out_of_the_pages_is_refused():
+    with pytest.raises(ConfigError, match=r"No kernel reads a cache .* \(recent=0.1\)\. Set recent to 0"):
+        blocks("kvmix")
+    assert len(blocks("kvmix:recent=0").pages) == 3
 
 
 @pytest.mark.parametrize("cache", CACHES)

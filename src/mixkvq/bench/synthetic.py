@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixkvq.config import MixKVQConfig
+from mixkvq.config import ConfigError, MixKVQConfig
 from mixkvq.kernels.reference import dequantize_keys
 from mixkvq.kernels.unpack import stored_values
 from mixkvq.layers import LayerCache, Step
@@ -59,6 +59,9 @@ class PackedBlocks:
         config: the cache.
         group: query heads of a KV head.
         count: distinct blocks.
+
+    Raises:
+        ConfigError: a share of the context is kept out of the pages, which no kernel reads.
     """
 
     def __init__(
@@ -74,6 +77,11 @@ class PackedBlocks:
     ) -> None:
         self.config, self.count = config, count
         self.policy = policy_class(config.policy)(config)
+        if self.policy.recent:
+            raise ConfigError(
+                f"No kernel reads a cache that keeps a share of the context out of its pages (recent="
+                f"{self.policy.recent:g}). Set recent to 0, or measure it with mixkvq bench decode."
+            )
         length = config.sinks + count * config.residual_length
         tokens = random_tokens(1, length, group=group, kv_heads=kv_heads, dim=dim, dtype=dtype, device=device)
         self.cache = LayerCache(config, self.policy, tokens)
