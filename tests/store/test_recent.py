@@ -182,6 +182,7 @@ def test_bits_count_what_is_kept():
     spare = (pages.capacity - pages.used) * pages.record.nbytes * 8 / report.elements
     assert report.size_bits == pytest.approx(held / 1600 + spare, rel=0.01)
     assert not stored("kvmix:recent=0", step, [1600]).memory().counts_all
+    assert stored("kvmix", step.tokens(0, 100), [100]).memory().quantized_bits is None  # nothing is packed yet
 
 
 def backend(cache) -> str:

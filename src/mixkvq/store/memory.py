@@ -31,7 +31,7 @@ class MemoryReport:
         elements: elements of all tokens seen by the quantized layers, keys and values together.
         evicted: those of them that are not held any more.
         counts_all: whether bits are those of everything held, as packed tokens alone do not say what the context costs:
-            some were evicted, or a share of it is never packed.
+            some were evicted, or a share of it is never packed while older tokens are.
     """
 
     parts: Counter[str] = field(default_factory=Counter)

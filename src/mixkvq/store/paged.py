@@ -334,7 +334,7 @@ class PagedStore:
         parts["residual"] = dense - parts["sinks"]
         parts["tables"] = sum(tensor.nbytes for tensor in self._held_books())
         report.elements = layout.token_elements * sum(self.lengths)
-        report.counts_all = self.recent.share > 0
+        report.counts_all = self.recent.share > 0 and self.pages.used > 0
         report.check(self.tensors())
         return report
 
