@@ -26,6 +26,14 @@ SERVED = [
     "kivi-2:key_group=64,value_group=64,sinks=7",
     "kivi-4",
     "kivi-2:value_bits=4",
+    "default:value_bits=3",
+    "default:value_bits=8",
+    "quality:key_bits=3",
+    "quality:key_bits=8,key_group=128",
+    "kivi-2:key_bits=3,value_bits=3",
+    "kivi-2:key_bits=8,value_bits=8",
+    "kivi-2:key_bits=3,value_bits=8,key_group=64,value_group=64",
+    "kivi-4:key_bits=8,value_bits=3,sinks=5",
     "paper:tau_bf16=2.2,tau_uint4=1.2",
     "paper:tau_bf16=1e9,tau_uint4=0.1",
     "paper:tau_bf16=0.5,tau_uint4=0.4",
@@ -85,7 +93,9 @@ def test_heads(heads: int, kv_heads: int):
 
 
 @pytest.mark.parametrize("dim", [96, 128, 256])
-@pytest.mark.parametrize("text", ["default", "kivi-4"])
+@pytest.mark.parametrize(
+    "text", ["default", "kivi-4", "kivi-2:key_bits=8,value_bits=3", "kivi-2:key_bits=3,value_bits=8"]
+)
 def test_head_dimensions(text: str, dim: int):
     check(*filled(text, [300], dim=dim, heads=3))
 
@@ -207,7 +217,7 @@ def test_shared_memory_is_known_in_advance(text: str, dim: int, heads: int):
 @pytest.mark.parametrize(
     ("text", "options", "reason"),
     [
-        ("kivi-2:key_bits=3", {}, "widths"),
+        ("default:value_bits=16", {}, "widths other than 2, 3, 4, 8 bits"),
         ("default", {"dim": 80}, "head dimension 80"),
         ("default", {"dtype": torch.float32}, "float32"),
         ("kivi-2:residual_length=64", {}, "pages of 64"),

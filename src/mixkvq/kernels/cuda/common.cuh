@@ -13,8 +13,10 @@ constexpr int KEY_STEPS = HEAD_DIM / 32;
 constexpr int VALUE_TILES = HEAD_DIM / 16;
 constexpr int TILES_PER_GROUP = VALUE_TILES / VALUE_GROUPS;
 constexpr int PLANES_PER_GROUP = 8 / KEY_GROUPS;
-constexpr int KEY_PLANE_BYTES = HEAD_DIM * 32;  // of one head
-constexpr int VALUE_PLANE_BYTES = HEAD_DIM * 32;
+// The most significant plane comes first; the last one of an odd width has 1 bit of every code, all others have 2.
+constexpr int KEY_PLANES = (KEY_BITS + 1) / 2;
+constexpr int VALUE_PLANES = (VALUE_BITS + 1) / 2;
+constexpr int PLANE_BYTES = HEAD_DIM * 32;  // of one head, with 2 bits of every code
 constexpr int KEY_PARAM_BYTES = KEY_GROUPS * HEAD_DIM * 2;
 constexpr int VALUE_PARAM_BYTES = VALUE_GROUPS * TOKENS * 2;
 constexpr int STAGED_BYTES = LANES4 ? CHUNK4_BYTES : 16;
@@ -28,8 +30,10 @@ constexpr float TO_INTEGER = 12582912.f;
 // The largest fixed-point numbers whose digits still fit, with room for rounding.
 constexpr float SIGNED_RANGE = 32512.f;
 constexpr float UNSIGNED_RANGE = 65280.f;
-// Key sums of the largest codes, where they lie in their bytes, must fit into 31 bits; promoted lanes add a quarter.
-static_assert(HEAD_DIM * 192ll * (32512 + 8128 + 256) < (1ll << 31), "int32 sums overflow");
+// Sums of the largest codes, where they lie in their bytes, must fit into 31 bits; promoted lanes add a quarter to keys.
+static_assert(HEAD_DIM * 192ll * (32512 + 8128 + 256) < (1ll << 31), "int32 sums of keys of 2 bits overflow");
+static_assert(HEAD_DIM * 255ll * (32512 + 256) < (1ll << 31), "int32 sums of keys of 8 bits overflow");
+static_assert(TOKENS * 255ll * (65280 + 256) < (1ll << 31), "int32 sums of values overflow");
 
 struct Arguments {
     const u16 *query, *new_keys, *new_values;
@@ -97,7 +101,7 @@ struct Lengths {
 struct WarpMemory {
     alignas(16) u8 key_params[2][KEY_PARAM_BYTES];  // scales, zeros
     u8 value_params[VALUE_SYMMETRIC ? 1 : 2][VALUE_PARAM_BYTES];
-    u8 value_planes[VALUE_BITS / 2][VALUE_PLANE_BYTES];
+    u8 value_planes[VALUE_BITS * PLANE_BYTES / 2];
     u8 chunks[LANES4 ? STAGED_CHUNKS : 2][STAGED_BYTES];
     union {
         float products[LANES4 ? KEY_GROUPS : 1][LANES4 ? ROWS : 1][PRODUCT_STRIDE];  // query times key scale

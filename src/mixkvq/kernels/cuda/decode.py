@@ -26,6 +26,8 @@ PAGES_PER_WARP = 4
 MAX_PARTS = 256
 #: Tokens of a page.
 TOKENS = 128
+#: Widths of keys and of values.
+WIDTHS = (2, 3, 4, 8)
 #: Chunks of low bits that a warp copies ahead; a head with more has the others copied at its turn.
 STAGED_CHUNKS = 4
 
@@ -73,10 +75,13 @@ def unsupported_format(layout: PageLayout, dtype: torch.dtype) -> str | None:
         (layout.key_dim != layout.value_dim, "keys and values of different dimensions"),
         (layout.key_dim not in (64, 96, 128, 256), f"head dimension {layout.key_dim}"),
         (layout.tokens != TOKENS, f"pages of {layout.tokens} tokens"),
-        (layout.key_bits not in (2, 4) or layout.value_bits not in (2, 4), "widths other than 2 and 4 bits"),
+        (
+            not {layout.key_bits, layout.value_bits} <= {*WIDTHS},
+            f"widths other than {', '.join(map(str, WIDTHS))} bits",
+        ),
         (layout.key_group not in (32, 64, 128), f"key groups of {layout.key_group} tokens"),
         (layout.key_dim // 16 % layout.value_groups != 0, f"{layout.value_groups} value groups"),
-        (layout.key_bits == 4 and bool(layout.promoted_bits), "channels promoted above 4 bits"),
+        (layout.key_bits > 2 and bool(layout.promoted_bits), f"channels promoted above {layout.key_bits} bits"),
         (not set(layout.promoted_bits) <= {4, DENSE_BITS}, f"channels promoted to {layout.promoted_bits} bits"),
         (layout.param_dtype != torch.float16, f"scales in {layout.param_dtype}"),
         (dtype not in (torch.bfloat16, torch.float16), f"queries in {dtype}"),
@@ -90,7 +95,7 @@ def shared_bytes(layout: PageLayout, sinks: int, row_tiles: int) -> int:
     rows, dim, groups = TILE_ROWS * row_tiles, layout.key_dim, layout.tokens // layout.key_group
     low_bits = layout.chunks.get(4)
     params = 2 * (2 * groups * dim + (1 if layout.value_symmetric else 2) * layout.value_groups * TOKENS)
-    planes = layout.value_bits // 2 * dim * 32
+    planes = layout.value_bits * dim * 16
     chunks = STAGED_CHUNKS * low_bits.nbytes if low_bits else 2 * 16
     products = groups * rows * (dim + 8) if low_bits else dim + 8
     warp = params + planes + chunks + 4 * max(products, rows * (TOKENS + 24))
@@ -175,7 +180,8 @@ def _kernel(cache: CacheTensors, dtype: torch.dtype, softcap: bool, row_tiles: i
 
 def resident_blocks(layout: PageLayout, row_tiles: int) -> int:
     """Blocks that the compiler leaves a multiprocessor room for: as many as run without spilling registers."""
-    if layout.key_bits == 4 or layout.key_dim > 128 or row_tiles > 1 or DENSE_BITS in layout.promoted_bits:
+    wide = layout.key_bits > 2 or layout.value_bits == 8 or layout.key_dim > 128
+    if wide or row_tiles > 1 or DENSE_BITS in layout.promoted_bits:
         return 2
     return 4 if layout.key_group == layout.tokens else 3
 
@@ -208,10 +214,9 @@ def kernel_macros(
         "SAMPLED_EVERY": SAMPLED_EVERY,
         "BLOCKS_PER_MULTIPROCESSOR": resident_blocks(layout, row_tiles),
     }
-    for field in ("key_plane_0", "key_plane_1", "key_scale", "key_zero"):
-        macros[field.upper()] = page.get(field, 0)
-    for field in ("value_plane_0", "value_plane_1", "value_scale", "value_zero"):
-        macros[field.upper()] = page.get(field, 0)
+    for kind in ("key", "value"):
+        for field in ("plane_0", "plane_1", "plane_2", "plane_3", "scale", "zero"):
+            macros[f"{kind}_{field}".upper()] = page.get(f"{kind}_{field}", 0)
     for bits, field in ((4, "plane_0"), (DENSE_BITS, "keys")):
         chunk = layout.chunks.get(bits)
         macros[f"LANES{bits}"] = chunk is not None

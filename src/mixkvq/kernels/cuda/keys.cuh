@@ -3,35 +3,37 @@
 
 #include "common.cuh"
 
-// Bytes that hold the codes of the four positions, each times position_factor. `low` is the second plane of 4-bit codes.
-template <int BITS>
-__device__ __forceinline__ void spread(u32 high, u32 low, u32 (&codes)[4]) {
-    if (BITS == 2) {
-        codes[0] = high & 0x03030303u;
-        codes[1] = high & 0x0c0c0c0cu;
-        codes[2] = (high >> 4) & 0x03030303u;
-        codes[3] = (high >> 4) & 0x0c0c0c0cu;
-    } else {
-        const u32 up = high << 2, down = high >> 2, low4 = low >> 4;
-        codes[0] = (up & 0x0c0c0c0cu) | (low & 0x03030303u);
-        codes[1] = (up & 0x30303030u) | (low & 0x0c0c0c0cu);
-        codes[2] = (down & 0x0c0c0c0cu) | (low4 & 0x03030303u);
-        codes[3] = (down & 0x30303030u) | (low4 & 0x0c0c0c0cu);
-    }
+// By how many bits the code of a position is shifted in its byte: whatever saves instructions. Factors are divided out of the
+// sums. Key codes of 2 bits stay where they are.
+__device__ __forceinline__ constexpr int value_shift(int position) { return VALUE_BITS < 8 ? 2 * (position & 1) : 0; }
+__device__ __forceinline__ constexpr int key_shift(int position) {
+    return KEY_BITS == 2 ? 2 * position : KEY_BITS < 8 ? 2 * (position & 1) : 0;
 }
-__device__ __forceinline__ constexpr float position_factor(int position) { return position & 1 ? 4.f : 1.f; }
 
-// Key codes of 2 bits stay where they are: their factors are divided out of the logits.
-__device__ __forceinline__ void spread_keys(u32 high, u32 low, u32 (&codes)[4]) {
-    if (KEY_BITS == 2) {
-        for (int k = 0; k < 4; ++k) codes[k] = high & (0x03030303u << (2 * k));
-    } else {
-        spread<KEY_BITS>(high, low, codes);
+__device__ __forceinline__ constexpr u32 shifted(u32 x, int left) { return left >= 0 ? x << left : x >> -left; }
+
+// What a plane adds to the bytes that hold the codes of a position: its bits 2 * position of every byte, moved up by `left`.
+// `bits` of every code are in the plane, and as many as `below` are in less significant ones.
+__device__ __forceinline__ constexpr u32 plane_part(u32 words, int position, int bits, int below, int shift) {
+    const u32 mask = (bits == 2 ? 0x03030303u : 0x01010101u) << (below + shift);
+    return shifted(words, below + shift - 2 * position) & mask;
+}
+
+// The codes of a position from words of all planes; see `even_bits` for a plane of 1 bit.
+template <int BITS>
+__device__ __forceinline__ u32 codes_of(const u32 (&planes)[(BITS + 1) / 2], int position, int shift) {
+    u32 codes = 0;
+#pragma unroll
+    for (int i = 0; i < (BITS + 1) / 2; ++i) {
+        const int below = max(BITS - 2 * (i + 1), 0);
+        codes |= plane_part(planes[i], position, min(BITS - 2 * i, 2), below, shift);
     }
+    return codes;
 }
-__device__ __forceinline__ constexpr float key_factor(int position) {
-    return KEY_BITS == 2 ? float(1 << (2 * position)) : position_factor(position);
-}
+
+// A plane of 1 bit has half the words: word t holds, at even bits, the tokens of word t of a plane of 2 bits, and at odd ones
+// those of word t + 8. Both are brought to where a plane of 2 bits has its lower bit.
+__device__ __forceinline__ u32 even_bits(u32 words, bool upper) { return words >> int(upper); }
 
 // What a page is multiplied with: query times key scale as digits, and what turns sums into logits. By operand column.
 struct KeyOperand {
@@ -91,10 +93,10 @@ __device__ __forceinline__ void prepare_keys(const float (*query)[HEAD_DIM], War
 
 using KeySums = int[8][ROW_TILES][4];
 
-// Sums over the channels of two words a row: `rows[0]` and `rows[1]` are the tile's rows `quad` and `quad + 8`, a pair of words
-// for each half of the summed dimension.
-template <bool BASE>
-__device__ __forceinline__ void multiply_keys(const Words4 (&high)[2], const Words4 (&low)[2], const KeyOperand& operand, int step,
+// Sums over the channels of two words a row: `planes[.][0]` and `planes[.][1]` are the tile's rows `quad` and `quad + 8`, a pair
+// of words for each half of the summed dimension. BITS are those of the planes: all of a key, or the low ones of a lane.
+template <int BITS, bool BASE>
+__device__ __forceinline__ void multiply_keys(const Words4 (&planes)[(BITS + 1) / 2][2], const KeyOperand& operand, int step,
                                               const u32 (&lanes)[KEY_GROUPS][ROW_TILES][2], KeySums& sums) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -102,12 +104,15 @@ __device__ __forceinline__ void multiply_keys(const Words4 (&high)[2], const Wor
         u32 codes[4][4];
 #pragma unroll
         for (int part = 0; part < 4; ++part) {
-            const Words4& h = high[part & 1];
-            const Words4& l = low[part & 1];
             const bool second = part >> 1;
-            const u32 from_high = bytes_of(second ? h.y : h.x, second ? h.w : h.z, selector);
-            const u32 from_low = KEY_BITS == 4 && BASE ? bytes_of(second ? l.y : l.x, second ? l.w : l.z, selector) : 0;
-            spread_keys(from_high, from_low, codes[part]);
+            u32 bytes[(BITS + 1) / 2];
+#pragma unroll
+            for (int i = 0; i < (BITS + 1) / 2; ++i) {
+                const Words4& words = planes[i][part & 1];
+                bytes[i] = bytes_of(second ? words.y : words.x, second ? words.w : words.z, selector);
+            }
+#pragma unroll
+            for (int k = 0; k < 4; ++k) codes[part][k] = codes_of<BITS>(bytes, k, key_shift(k));
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -122,28 +127,48 @@ __device__ __forceinline__ void multiply_keys(const Words4 (&high)[2], const Wor
     }
 }
 
-// The key planes of one head: channels 32 step + 8 tig and the next seven, of words 2 quad and the next one.
+// The key planes of one head: channels 32 step + 8 tig and the next seven, of words 2 quad and the next one. What is STAGED is
+// loaded a page ahead; all of 8 bits would not fit into the registers.
 struct KeyWords {
-    Words4 high[KEY_STEPS][2], low[KEY_BITS == 4 ? KEY_STEPS : 1][2];
+    static constexpr int STAGED = KEY_BITS < 8 ? KEY_STEPS : 2;
+    Words4 planes[STAGED][KEY_PLANES][2];
 
     __device__ __forceinline__ void load(const u8* page, int head, const Thread& t) {
-        const u8* at = page + head * KEY_PLANE_BYTES + 4 * t.quad * HEAD_DIM + 16 * t.tig;
 #pragma unroll
-        for (int step = 0; step < KEY_STEPS; ++step) {
+        for (int step = 0; step < STAGED; ++step) load_step(page, head, step, t);
+    }
+    __device__ __forceinline__ void load_step(const u8* page, int head, int step, const Thread& t) {
+        const u32 offsets[] = {KEY_PLANE_0, KEY_PLANE_1, KEY_PLANE_2, KEY_PLANE_3};
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                high[step][i] = load128(at + KEY_PLANE_0 + i * 2 * HEAD_DIM + 64 * step);
-                if (KEY_BITS == 4) low[step][i] = load128(at + KEY_PLANE_1 + i * 2 * HEAD_DIM + 64 * step);
-            }
+        for (int plane = 0; plane < KEY_PLANES; ++plane) {
+            const bool single = 2 * plane + 1 == KEY_BITS;
+            const int quad = single ? t.quad & 3 : t.quad;
+            const u8* at = page + offsets[plane] + head * PLANE_BYTES / (single ? 2 : 1) + 4 * quad * HEAD_DIM + 16 * t.tig;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) planes[step % STAGED][plane][i] = load128(at + i * 2 * HEAD_DIM + 64 * step);
+        }
+    }
+    // A plane of 1 bit that has arrived is brought into the places of one of 2.
+    __device__ __forceinline__ void align_step(int step, const Thread& t) {
+        if (KEY_BITS % 2 == 0) return;
+        const bool upper = t.quad >= 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            Words4& words = planes[step % STAGED][KEY_PLANES - 1][i];
+            words = {even_bits(words.x, upper), even_bits(words.y, upper), even_bits(words.z, upper), even_bits(words.w, upper)};
         }
     }
 };
 
-__device__ __forceinline__ void base_sums(const KeyWords& words, const KeyOperand& operand, KeySums& sums) {
+__device__ __forceinline__ void base_sums(KeyWords& words, const u8* page, int head, const Thread& t, const KeyOperand& operand,
+                                          KeySums& sums) {
     const u32 none[KEY_GROUPS][ROW_TILES][2] = {};
 #pragma unroll
-    for (int step = 0; step < KEY_STEPS; ++step)
-        multiply_keys<true>(words.high[step], words.low[KEY_BITS == 4 ? step : 0], operand, step, none, sums);
+    for (int step = 0; step < KEY_STEPS; ++step) {
+        words.align_step(step, t);
+        multiply_keys<KEY_BITS, true>(words.planes[step % KeyWords::STAGED], operand, step, none, sums);
+        if (step + KeyWords::STAGED < KEY_STEPS) words.load_step(page, head, step + KeyWords::STAGED, t);
+    }
 }
 
 // Where a head's promoted channels lie: its first chunk, and its lanes counted from the beginning of that one.
@@ -178,7 +203,8 @@ __device__ __forceinline__ void copy_chunks(const u8* chunks, const Run& run, in
 // 32 lanes from two chunks, of which this head owns those from `first` to `end`, counted from the beginning of the first.
 __device__ __forceinline__ void multiply_lanes(const u8 (&chunks)[2][STAGED_BYTES], int first, int end, const KeyOperand& operand,
                                                const WarpMemory& memory, const Thread& t, KeySums& sums) {
-    Words4 words[2];
+    Words4 low[1][2];
+    Words4(&words)[2] = low[0];
     int channel[4];
     bool owned[4];
 #pragma unroll
@@ -219,7 +245,7 @@ __device__ __forceinline__ void multiply_lanes(const u8 (&chunks)[2][STAGED_BYTE
             lanes[group][tile][1] ^= t.sign;
         }
     }
-    multiply_keys<false>(words, words, operand, 0, lanes, sums);
+    multiply_keys<2, false>(low, operand, 0, lanes, sums);
 }
 
 // The low bits of channels promoted to 4 bits. The first chunks are in shared memory already.
@@ -257,7 +283,7 @@ __device__ __forceinline__ void to_logits(const KeySums& sums, const KeyOperand&
             for (int i = 0; i < PLANES_PER_GROUP; ++i) {
                 const int plane = group * PLANES_PER_GROUP + i;
                 const int(&c)[4] = sums[plane][tile];
-                const float factor = unit * (1.f / key_factor(plane & 3));
+                const float factor = unit * (1.f / float(1 << key_shift(plane & 3)));
                 logits[plane][0][tile] = fmaf(float(256 * c[0] + c[1]), factor, zero);
                 logits[plane][1][tile] = fmaf(float(256 * c[2] + c[3]), factor, zero);
             }

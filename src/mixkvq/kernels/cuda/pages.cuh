@@ -61,8 +61,12 @@ struct PageReader {
     __device__ __forceinline__ void copy_values(WarpMemory& memory, int lane) const {
         if (page) {
             copy_params<VALUE_SYMMETRIC ? 1 : 2>(VALUE_SCALE, VALUE_ZERO, VALUE_PARAM_BYTES, memory.value_params[0], lane);
-            copy_field(VALUE_PLANE_0, VALUE_PLANE_BYTES, memory.value_planes[0], lane);
-            if (VALUE_BITS == 4) copy_field(VALUE_PLANE_1, VALUE_PLANE_BYTES, memory.value_planes[VALUE_BITS / 2 - 1], lane);
+            const u32 offsets[] = {VALUE_PLANE_0, VALUE_PLANE_1, VALUE_PLANE_2, VALUE_PLANE_3};
+#pragma unroll
+            for (int plane = 0; plane < VALUE_PLANES; ++plane) {
+                const int bytes = 2 * plane + 1 == VALUE_BITS ? PLANE_BYTES / 2 : PLANE_BYTES;
+                copy_field(offsets[plane], bytes, memory.value_planes + plane * PLANE_BYTES, lane);
+            }
         }
         commit_copies();
     }
@@ -98,13 +102,14 @@ __device__ void attend_packed(const Arguments& a, const Rows& rows, int begin, i
     // What a phase has used up is brought for the next page at once: it has the other phase's time to arrive.
     while (reader.page) {
         const Run run = reader.run, dense_run = reader.dense_run;
+        const u8* page = reader.page;
         reader.advance();
         wait_copies<1>();
         __syncwarp();
         KeyOperand operand;
         prepare_keys(memory.query, mine, t, operand);
         KeySums key_sums = {};
-        base_sums(keys, operand, key_sums);
+        base_sums(keys, page, rows.head, t, operand, key_sums);
         if (reader.page) keys.load(reader.page, rows.head, t);
         if (LANES4) lane_sums(a.chunks4, run, operand, mine, t, key_sums);
         __syncwarp();

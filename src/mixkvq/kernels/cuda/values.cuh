@@ -111,7 +111,7 @@ __device__ __forceinline__ void prepare_values(const WarpMemory& memory, const T
                 const float4 w = *reinterpret_cast<const float4*>(from);
                 const float part = w.x * z[0] + w.y * z[1] + w.z * z[2] + w.w * z[3];
                 state.zeros[tile][group] = fmaf(part, column_share[tile], state.zeros[tile][group]);
-                const float factor = per_unit * (1.f / position_factor(k));
+                const float factor = per_unit * (1.f / float(1 << value_shift(k)));
                 const u32 x[4] = {fixed_point(w.x * s[0], factor, 0), fixed_point(w.y * s[1], factor, 0),
                                   fixed_point(w.z * s[2], factor, 0), fixed_point(w.w * s[3], factor, 0)};
                 digits(x, t.value_digit, operand.words[group][tile][k][0], operand.words[group][tile][k][1]);
@@ -129,11 +129,21 @@ __device__ __forceinline__ void add_values(const WarpMemory& memory, const Threa
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
             // Channel 16 value_tile + 8 part + quad, words 4 tig and the next three.
-            const int at = (16 * value_tile + 8 * part + t.quad) * 32 + 8 * t.tig;
-            const Words2 high = *reinterpret_cast<const Words2*>(memory.value_planes[0] + at);
-            const Words2 low = *reinterpret_cast<const Words2*>(memory.value_planes[VALUE_BITS / 2 - 1] + at);
-            spread<VALUE_BITS>(high.x, low.x, codes[part]);
-            spread<VALUE_BITS>(high.y, low.y, codes[2 + part]);
+            const int channel = 16 * value_tile + 8 * part + t.quad;
+            u32 words[2][VALUE_PLANES];
+#pragma unroll
+            for (int plane = 0; plane < VALUE_PLANES; ++plane) {
+                const bool single = 2 * plane + 1 == VALUE_BITS;
+                const int at = plane * PLANE_BYTES + (single ? channel * 16 + 8 * (t.tig & 1) : channel * 32 + 8 * t.tig);
+                const Words2 stored = *reinterpret_cast<const Words2*>(memory.value_planes + at);
+                words[0][plane] = single ? even_bits(stored.x, t.tig >= 2) : stored.x;
+                words[1][plane] = single ? even_bits(stored.y, t.tig >= 2) : stored.y;
+            }
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                codes[part][k] = codes_of<VALUE_BITS>(words[0], k, value_shift(k));
+                codes[2 + part][k] = codes_of<VALUE_BITS>(words[1], k, value_shift(k));
+            }
         }
 #pragma unroll
         for (int tile = 0; tile < ROW_TILES; ++tile) {
