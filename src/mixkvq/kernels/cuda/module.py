@@ -16,6 +16,7 @@ HEADERS = (
     "intrinsics.cuh",
     "numbers.cuh",
     "common.cuh",
+    "codes.cuh",
     "keys.cuh",
     "values.cuh",
     "pages.cuh",
