@@ -21,6 +21,7 @@ from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.layers import LayerCache, Step, new_layer_cache
 from mixkvq.layers.recipe import expected_kernel
 from mixkvq.policies import policy_class
+from mixkvq.quant.rope import Rope
 from models import tiny_model
 
 
@@ -103,7 +104,8 @@ def random_step(
 
 def layer_cache(config: MixKVQConfig, step: Step) -> LayerCache:
     """An empty cache of one layer for steps of that shape."""
-    return new_layer_cache(config, policy_class(config.policy)(config), step)
+    rope = Rope.of_base(step.keys.shape[3])
+    return new_layer_cache(config, policy_class(config.policy)(config), step, rope)
 
 
 def tokens(cache: LayerCache, row: int) -> tuple[torch.Tensor, torch.Tensor]:

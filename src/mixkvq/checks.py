@@ -46,6 +46,7 @@ def check(config: MixKVQConfig) -> None:
     policy.check(config)
     promotes = bool(policy(config).promoted_bits)
     _check_key_axis(config, promotes=promotes)
+    _check_key_rope(config, promotes=promotes)
     _check_levels(config)
     _check_irregular(config, promotes=promotes)
 
@@ -181,6 +182,16 @@ def _check_key_axis(config: MixKVQConfig, *, promotes: bool) -> None:
             "key_feedback moves errors between channels that have scales of their own, and with key_axis='token' "
             "they share one: set key_feedback to none, or key_axis to 'channel'."
         )
+
+
+def _check_key_rope(config: MixKVQConfig, *, promotes: bool) -> None:
+    if config.key_rope == "after":
+        return
+    reason = "looks at queries, which have RoPE: set key_rope to 'after', or"
+    if promotes:
+        raise ConfigError(f"The {config.policy} policy {reason} use one that promotes no channels.")
+    if config.key_feedback is not None:
+        raise ConfigError(f"key_feedback {reason} key_feedback to none.")
 
 
 def _check_levels(config: MixKVQConfig) -> None:

@@ -48,6 +48,8 @@ class MixKVQConfig:
             channels of one token, as ``value_group``.
         key_rotation: "hadamard" rotates every packed key vector before it is quantized, and queries alike when they
             read it, so that logits stay what they are. It takes ``key_axis`` "token".
+        key_rope: "before" quantizes keys before RoPE, which is taken back when they are packed and applied when they
+            are read (:mod:`mixkvq.quant.rope`); "after" as the model hands them over.
         key_clip: search the clipping range of key groups of up to 3 bits.
         key_unbiased: undo the shrinkage that quantizing key groups causes (:mod:`mixkvq.quant.affine`).
         key_feedback: damping of query-aware error feedback across key channels (:mod:`mixkvq.quant.feedback`), as a
@@ -97,6 +99,7 @@ class MixKVQConfig:
     key_axis: Literal["channel", "token"] = "channel"
     key_group: int = 32
     key_rotation: Literal["none", "hadamard"] = "none"
+    key_rope: Literal["after", "before"] = "after"
     key_clip: bool = False
     key_unbiased: bool = False
     key_feedback: float | None = None

@@ -14,6 +14,7 @@ from mixkvq.kernels.reference import dequantize_keys
 from mixkvq.kernels.unpack import stored_values
 from mixkvq.layers import LayerCache, Step
 from mixkvq.policies import policy_class
+from mixkvq.quant.rope import Rope
 from mixkvq.quant.rotation import rotate
 from mixkvq.store.books import blocks_of
 from mixkvq.store.static import StaticStore
@@ -84,7 +85,7 @@ class PackedBlocks:
             )
         length = config.sinks + count * config.residual_length
         tokens = random_tokens(1, length, group=group, kv_heads=kv_heads, dim=dim, dtype=dtype, device=device)
-        self.cache = LayerCache(config, self.policy, tokens)
+        self.cache = LayerCache(config, self.policy, tokens, Rope.of_base(dim))
         self.cache.append(tokens)
         self.layout = self.cache.store.layout
         self.pages = self.cache.store.pages.data[self.cache.store.tables[0]]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mixkvq.adapters.transformers.rope import rope_of
 from mixkvq.calibrate.capture import Tape, record
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.config import MixKVQConfig
@@ -15,6 +16,7 @@ from mixkvq.layers.recipe import Recipe
 from mixkvq.policies import policy_class
 from mixkvq.quant.block import QuantizedKeys, QuantizedValues
 from mixkvq.quant.levels import Levels, count, fit_levels, new_histogram, steps
+from mixkvq.quant.rope import Rope
 
 
 def check_base(base: MixKVQConfig) -> None:
@@ -47,12 +49,14 @@ def layer_levels(
         bounds, first: as :func:`mixkvq.calibrate.capture.record` has them.
         advance: called after each text.
     """
+    text = model.config.get_text_config(decoder=True)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for tokens in texts:
         for tape in record(model, tokens.to(model.device), first, bounds, generator):
             for row, layer in enumerate(tape.layers):
                 histograms = found.setdefault(layer, (new_histogram(base.key_bits), new_histogram(base.value_bits)))
-                count_layer(tape, row, base, histograms)
+                rope = rope_of(text, layer) if base.key_rope == "before" else None
+                count_layer(tape, row, base, histograms, rope)
         advance()
     return {
         layer: {"key_levels": fit_levels(keys, base.key_bits), "value_levels": fit_levels(values, base.value_bits)}
@@ -61,10 +65,15 @@ def layer_levels(
 
 
 @torch.inference_mode()
-def count_layer(tape: Tape, row: int, config: MixKVQConfig, histograms: tuple[Tensor, Tensor]) -> None:
+def count_layer(
+    tape: Tape, row: int, config: MixKVQConfig, histograms: tuple[Tensor, Tensor], rope: Rope | None = None
+) -> None:
     """Count where the keys and values of a layer's blocks lie in their groups, but for outliers.
 
     A number weighs what an error of one step there costs: the square of its gradient times its group's scale.
+
+    Args:
+        rope: the layer's, if keys are quantized before it. Their gradients are turned back as they are.
     """
     blocks = (tape.keys.shape[2] - config.sinks) // config.residual_length
     if not blocks:
@@ -75,12 +84,17 @@ def count_layer(tape: Tape, row: int, config: MixKVQConfig, histograms: tuple[Te
         """``[Hkv, T, D]`` to ``[blocks, Hkv, R, D]``."""
         return x[:, where].unflatten(1, (blocks, -1)).transpose(0, 1)
 
-    keys, values = cut(tape.keys[row]), cut(tape.values[row])
+    all_keys, gradients = tape.keys[row], tape.key_gradients[:, row]
+    if rope is not None:
+        start = torch.zeros(1, device=all_keys.device)
+        all_keys, gradients = rope.undo(all_keys[None], start)[0], rope.undo(gradients, start)
+    keys, values = cut(all_keys), cut(tape.values[row])
+    config = config.replace(key_rope="after")  # they are without it
     recipe = Recipe.of(
-        config, policy_class(config.policy)(config), keys.shape[1], keys.shape[3], values.shape[3], keys.dtype
+        config, policy_class(config.policy)(config), keys.shape[1], keys.shape[3], values.shape[3], tape.keys.dtype
     )
     packed_keys, packed_values = recipe.quantize(keys, values, recipe.plan(keys, None), None)
-    key_weight, value_weight = (cut(x[:, row].square().mean(0)) for x in (tape.key_gradients, tape.value_gradients))
+    key_weight, value_weight = (cut(x.square().mean(0)) for x in (gradients, tape.value_gradients[:, row]))
     _count_blocks(histograms[0], keys, packed_keys, key_weight)
     _count_blocks(histograms[1], values, packed_values, value_weight)
 

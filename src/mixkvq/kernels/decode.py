@@ -88,6 +88,7 @@ def unserved(layout: PageLayout) -> str | None:
         (layout.key_levels is not None, "its keys have levels that are not uniform (key_levels)"),
         (layout.value_levels is not None, "its values have levels that are not uniform (value_levels)"),
         (layout.outliers > 0, "it keeps outliers apart (outliers)"),
+        (layout.key_rope is not None, "its keys are quantized before RoPE (key_rope='before')"),
     )
     return next((reason for holds, reason in reasons if holds), None)
 

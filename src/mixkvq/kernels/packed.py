@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixkvq.kernels.partial import Partial, cap, finite
+from mixkvq.kernels.reference import dequantize_keys
 from mixkvq.kernels.unpack import base_keys, lane_keys, stored_values
 from mixkvq.quant.rotation import rotate
 from mixkvq.store.view import PackedPages, PageSlice
@@ -31,7 +32,7 @@ def packed_attention(query: Tensor, pages: PackedPages, softcap: float | None = 
         The part; values are still rotated if they were stored so.
     """
     layout = pages.layout
-    if layout.key_rotated:
+    if layout.key_rotated and layout.key_rope is None:
         query = rotate(query)  # (H q) . (H k) = q . k
     per_page = layout.kv_heads * layout.tokens * max(layout.key_dim, layout.value_dim, query.shape[2])
     batch, kv_heads, rows, _ = query.shape
@@ -55,6 +56,8 @@ def packed_attention(query: Tensor, pages: PackedPages, softcap: float | None = 
 
 def _logits(query: Tensor, pages: PageSlice) -> Tensor:
     """``[N, Hkv, rows, R]`` from each page's own ``query [N, Hkv, rows, D]``."""
+    if pages.layout.key_rope is not None:  # turns every token by other angles: no rotation of the query stands for it
+        return query @ dequantize_keys(pages).transpose(2, 3)
     logits = query @ base_keys(pages).transpose(2, 3)
     for bits, chunks in pages.chunks.items():
         channel = chunks.channel[:, None, None, :].expand(-1, *query.shape[1:3], -1)

@@ -18,7 +18,10 @@ def dequantize_keys(pages: PageSlice) -> Tensor:
     for bits, chunks in pages.chunks.items():
         page, lane, head = chunks.head.nonzero(as_tuple=True)
         keys[page, head, :, chunks.channel[page, lane]] += lane_keys(pages, bits)[page, lane]
-    return rotate(keys) if pages.layout.key_rotated else keys
+    if pages.layout.key_rotated:
+        keys = rotate(keys)
+    rope = pages.layout.key_rope
+    return keys if rope is None else rope.apply(keys, pages.first)
 
 
 def dequantize_pages(pages: PackedPages, row: int, *, rotated: bool) -> tuple[Tensor, Tensor]:

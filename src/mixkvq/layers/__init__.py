@@ -6,10 +6,19 @@ size, as CUDA graphs want them.
 """
 
 from mixkvq.layers.evicting import EvictingCache
-from mixkvq.layers.grouped import GroupedCache, new_model_cache
+from mixkvq.layers.grouped import GroupedCache, LayerSettings, new_model_cache
 from mixkvq.layers.growing import LayerCache
 from mixkvq.layers.kinds import new_layer_cache
 from mixkvq.layers.static import ModelCache
 from mixkvq.layers.step import Step
 
-__all__ = ["EvictingCache", "GroupedCache", "LayerCache", "ModelCache", "Step", "new_layer_cache", "new_model_cache"]
+__all__ = [
+    "EvictingCache",
+    "GroupedCache",
+    "LayerCache",
+    "LayerSettings",
+    "ModelCache",
+    "Step",
+    "new_layer_cache",
+    "new_model_cache",
+]

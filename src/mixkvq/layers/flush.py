@@ -28,7 +28,8 @@ def flush_step(store: StaticStore, recipe: Recipe, count: int) -> None:
         store.advance(count)
         full = store.active.nonzero().flatten()
         if len(full):
-            source = BlockSource(*store.all_dense, full.int(), store.starts[full], store.rows.long())
+            first = store.first_tokens()[full]
+            source = BlockSource(*store.all_dense, full.int(), store.starts[full], store.rows.long(), first)
             pack(store, recipe, source, store.all_statistics, store.numbers[full])
     if count > 1:
         store.shift()
@@ -93,5 +94,5 @@ def pack(
         if statistics is not None:
             of_blocks = statistics.rows(source.sequences[source.rows[part].long()])
         bits, run_starts = store.house(recipe.plan(keys, of_blocks), numbers[part])
-        blocks = recipe.quantize(keys, values, bits, of_blocks)
+        blocks = recipe.quantize(keys, values, bits, of_blocks, source.first[part])
         write_blocks(store.layout, store.all_pages, store.chunks, *blocks, numbers[part], run_starts)

@@ -12,16 +12,20 @@ from mixkvq.layers.static import ModelCache
 from mixkvq.layers.step import Step
 from mixkvq.layers.turns import Turns
 from mixkvq.policies import Policy
+from mixkvq.quant.rope import Rope
 from mixkvq.store import MemoryReport
 from mixkvq.store.shape import Capacity
 from mixkvq.store.static import StaticStore
 
+#: A layer's configuration, its policy, and with ``key_rope="before"`` its RoPE. Layers with equal ones share tensors.
+LayerSettings = tuple[MixKVQConfig, Policy, Rope | None]
 
-def new_model_cache(settings: Sequence[tuple[MixKVQConfig, Policy]], capacity: Capacity) -> ModelCache | GroupedCache:
+
+def new_model_cache(settings: Sequence[LayerSettings], capacity: Capacity) -> ModelCache | GroupedCache:
     """The cache of layers with the given settings, in their order."""
-    kinds = list(dict(settings).items())
-    if len(kinds) == 1:
-        return ModelCache(*kinds[0], len(settings), capacity)
+    if len(set(settings)) == 1:
+        config, policy, rope = settings[0]
+        return ModelCache(config, policy, len(settings), capacity, rope)
     if capacity.max_bytes is not None:
         raise ValueError("Layers of this configuration differ in their settings: give the cache max_tokens.")
     return GroupedCache(settings, capacity)
@@ -33,17 +37,18 @@ class GroupedCache:
     Each quantizes the blocks of its own layers after the last of them. All hold the same tokens.
     """
 
-    def __init__(self, settings: Sequence[tuple[MixKVQConfig, Policy]], capacity: Capacity) -> None:
-        numbers: dict[MixKVQConfig, list[int]] = {}
-        for layer, (config, _) in enumerate(settings):
-            numbers.setdefault(config, []).append(layer)
+    def __init__(self, settings: Sequence[LayerSettings], capacity: Capacity) -> None:
+        numbers: dict[LayerSettings, list[int]] = {}
+        for layer, own in enumerate(settings):
+            numbers.setdefault(own, []).append(layer)
         self.groups = [
-            ModelCache(config, policy, len(numbers[config]), capacity) for config, policy in dict(settings).items()
+            ModelCache(config, policy, len(layers), capacity, rope)
+            for (config, policy, rope), layers in numbers.items()
         ]
         places = {
             layer: (group, at)
-            for group, config in zip(self.groups, numbers, strict=True)
-            for at, layer in enumerate(numbers[config])
+            for group, layers in zip(self.groups, numbers.values(), strict=True)
+            for at, layer in enumerate(layers)
         }
         self._places = [places[layer] for layer in range(len(settings))]
         self.capacity, self.layers = capacity, len(settings)

@@ -14,6 +14,7 @@ from mixkvq.layers.recipe import MAX_QUANTIZED, Recipe
 from mixkvq.layers.step import Step
 from mixkvq.layers.surroundings import ordinary_tensors
 from mixkvq.policies import Policy
+from mixkvq.quant.rope import Rope
 from mixkvq.quant.salience import SAMPLED_EVERY, QueryStatistics
 from mixkvq.store import MemoryReport, PagedStore
 from mixkvq.store.appending import FullBlocks
@@ -29,14 +30,15 @@ class LayerCache:
         config: how they are stored.
         policy: who decides the bits; shared by the layers.
         like: the first step, for shapes, type and device.
+        rope: the layer's, with ``key_rope="before"``.
     """
 
     @ordinary_tensors
-    def __init__(self, config: MixKVQConfig, policy: Policy, like: Step) -> None:
+    def __init__(self, config: MixKVQConfig, policy: Policy, like: Step, rope: Rope | None = None) -> None:
         self.config = config
         self.policy = policy
         batch, kv_heads, _, key_dim = like.keys.shape
-        self.recipe = Recipe.of(config, policy, kv_heads, key_dim, like.values.shape[3], like.keys.dtype)
+        self.recipe = Recipe.of(config, policy, kv_heads, key_dim, like.values.shape[3], like.keys.dtype, rope)
         device = like.keys.device
         self.recipe.warn_of_torch(device)
         recent = RecentTokens(policy.recent, config.recent_of)
@@ -80,7 +82,9 @@ class LayerCache:
             statistics = seen.rows(torch.tensor(blocks.sequences, device=device))
         bits = self.recipe.plan(blocks.keys, statistics)
         if not self.recipe.packs_on(device):
-            self.store.write(blocks.sequences, *self.recipe.quantize(blocks.keys, blocks.values, bits, statistics))
+            first = self.store.next_tokens(blocks.sequences)
+            coded = self.recipe.quantize(blocks.keys, blocks.values, bits, statistics, first)
+            self.store.write(blocks.sequences, *coded)
             return
         count = len(blocks.sequences)
         pages, run_starts = self.store.reserve(blocks.sequences, self._chunks(bits))
@@ -149,8 +153,8 @@ class LayerCache:
             length = self.store.lengths[row] - count
             restored = None
             if (cut := self.store.cut_page(row, length)) is not None:
-                page, left = cut
-                keys, values = dequantize_pages(self.store.only(page), 0, rotated=self.rotated)
+                block, left = cut
+                keys, values = dequantize_pages(self.store.only(row, block), 0, rotated=self.rotated)
                 restored = keys[:, :left], values[:, :left]
             self.store.crop(row, length, restored)
 

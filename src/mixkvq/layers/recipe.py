@@ -23,6 +23,7 @@ from mixkvq.quant.block import (
 )
 from mixkvq.quant.feedback import Feedback, rounding_order
 from mixkvq.quant.outliers import take_outliers
+from mixkvq.quant.rope import Rope
 from mixkvq.quant.salience import QueryStatistics
 from mixkvq.store import MemoryReport, PageLayout
 
@@ -31,9 +32,22 @@ MAX_QUANTIZED = 1 << 23
 
 
 def page_layout(
-    config: MixKVQConfig, policy: Policy, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+    config: MixKVQConfig,
+    policy: Policy,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    rope: Rope | None = None,
 ) -> PageLayout:
-    """The page format that a configuration leads to in a layer of the given shape."""
+    """The page format that a configuration leads to in a layer of the given shape and RoPE.
+
+    Raises:
+        ConfigError: keys are quantized before RoPE, and no ``rope`` says what that is.
+    """
+    before = config.key_rope == "before" and config.key_bits != DENSE_BITS
+    if before and rope is None:
+        raise ConfigError("key_rope='before' needs the layer's RoPE, which is not known here: set key_rope to 'after'.")
     return PageLayout(
         kv_heads=kv_heads,
         key_dim=key_dim,
@@ -49,6 +63,7 @@ def page_layout(
         value_symmetric=config.value_symmetric,
         key_axis=config.key_axis,
         key_rotated=config.key_rotation == "hadamard" and config.key_bits != DENSE_BITS,
+        key_rope=rope if before else None,
         key_levels=config.key_levels,
         value_levels=config.value_levels,
         outliers=config.outliers,
@@ -65,16 +80,23 @@ class Recipe:
 
     @classmethod
     def of(
-        cls, config: MixKVQConfig, policy: Policy, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+        cls,
+        config: MixKVQConfig,
+        policy: Policy,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        rope: Rope | None = None,
     ) -> Recipe:
-        """The recipe for layers of the given shape, in a model of the given type."""
+        """The recipe for layers of the given shape, in a model of the given type; see :func:`page_layout`."""
         if config.layers:
             raise ConfigError("This takes the settings of one layer, and the configuration has settings by layer.")
         if policy.evicts:
             raise ConfigError(
                 f"The {policy.name} policy evicts tokens, and pages keep all: use MixKVQCache, or another policy."
             )
-        return cls(config, policy, page_layout(config, policy, kv_heads, key_dim, value_dim, dtype))
+        return cls(config, policy, page_layout(config, policy, kv_heads, key_dim, value_dim, dtype, rope))
 
     @property
     def rotated(self) -> bool:
@@ -125,10 +147,22 @@ class Recipe:
         return bits.contiguous()  # kernels read it as it lies
 
     def quantize(
-        self, keys: Tensor, values: Tensor, bits: Tensor, statistics: QueryStatistics | None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        bits: Tensor,
+        statistics: QueryStatistics | None,
+        first: Tensor | None = None,
     ) -> tuple[QuantizedKeys, QuantizedValues]:
-        """Codes of blocks ``keys, values [N, Hkv, R, D]`` at planned ``bits [N, Hkv, D]``, a row of statistics each."""
+        """Codes of blocks ``keys, values [N, Hkv, R, D]`` at planned ``bits [N, Hkv, D]``, a row of statistics each.
+
+        Args:
+            first: ``[N]``, the number in its sequence of each block's first token; needed with ``layout.key_rope``.
+        """
         layout = self.layout
+        if layout.key_rope is not None:
+            assert first is not None
+            keys = layout.key_rope.undo(keys, first)
         key_group = {"dim": 2 if layout.key_axis == "channel" else 3, "group": layout.key_group}
         value_group = {"dim": 3, "group": layout.value_dim // layout.value_groups}
         keys, key_outliers = take_outliers(keys, layout.key_outliers, **key_group)
@@ -341,4 +375,4 @@ def _expected_layout(
     config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[PageLayout, Policy]:
     policy = policy_class(config.policy)(config)
-    return page_layout(config, policy, kv_heads, head_dim, head_dim, dtype), policy
+    return page_layout(config, policy, kv_heads, head_dim, head_dim, dtype, Rope()), policy

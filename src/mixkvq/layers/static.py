@@ -14,6 +14,7 @@ from mixkvq.layers.step import Step
 from mixkvq.layers.surroundings import ordinary_tensors
 from mixkvq.layers.turns import Turns
 from mixkvq.policies import Policy
+from mixkvq.quant.rope import Rope
 from mixkvq.store import MemoryReport
 from mixkvq.store.appending import AppendPlan
 from mixkvq.store.books import CacheFullError, steps_left
@@ -34,14 +35,18 @@ class ModelCache:
         policy: who decides the bits.
         layers: how many there are.
         capacity: how much room to allocate, when the first tokens come.
+        rope: the layers', with ``key_rope="before"``.
 
     Attributes:
         ready: whether a prompt is stored, so that :meth:`decode` may come.
         steps: tokens that every sequence can still get, as far as the host has seen.
     """
 
-    def __init__(self, config: MixKVQConfig, policy: Policy, layers: int, capacity: Capacity) -> None:
+    def __init__(
+        self, config: MixKVQConfig, policy: Policy, layers: int, capacity: Capacity, rope: Rope | None = None
+    ) -> None:
         self.config, self.policy, self.layers, self.capacity = config, policy, layers, capacity
+        self.rope = rope
         self.ready = False
         self.steps = 0
         self._turns = Turns(layers)
@@ -81,7 +86,7 @@ class ModelCache:
         """
         self._turns.check(0)
         batch, kv_heads, _, key_dim = keys.shape
-        recipe = Recipe.of(self.config, self.policy, kv_heads, key_dim, values.shape[3], keys.dtype)
+        recipe = Recipe.of(self.config, self.policy, kv_heads, key_dim, values.shape[3], keys.dtype, self.rope)
         recipe.check_kernels(keys.device)
         shape = StaticShape(
             layout=recipe.layout,

@@ -25,6 +25,7 @@ UNSERVED = (
     "value_rotation",
     "key_axis",
     "key_rotation",
+    "key_rope",
     "key_levels",
     "value_levels",
     "outliers",

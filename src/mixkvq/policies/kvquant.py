@@ -13,6 +13,7 @@ FIELDS: dict[str, Any] = {
     "policy": "kvquant",
     "sinks": 1,
     "key_group": 128,
+    "key_rope": "before",
     "value_group": WHOLE_HEAD,
     "outliers": 0.01,
 }
@@ -21,15 +22,15 @@ FIELDS: dict[str, Any] = {
 class KVQuant(KIVI):
     """Every channel has ``key_bits``; 1% of a page's keys and values are kept in 16 bits, and no range reaches to them.
 
-    Differs from the paper: keys are those after RoPE, their ranges are each block's own, not calibrated, and outliers
-    are as many in every page. Levels are uniform until they are calibrated (docs/kvquant.md).
+    Differs from the paper: ranges of keys are each block's own, not calibrated, and outliers are as many in every page.
+    Levels are uniform until they are calibrated (docs/kvquant.md).
     """
 
     name = "kvquant"
     presets = {  # noqa: RUF012
         "kvquant-2": Preset(
-            "2 bits, 1% of outliers kept apart; keys after RoPE, unlike the paper's, and uniform levels until "
-            "`mixkvq calibrate kvquant` has found others",
+            "2 bits, keys before RoPE, 1% of outliers kept apart; uniform levels until `mixkvq calibrate kvquant` has "
+            "found others",
             SOURCE,
             FIELDS,
         ),

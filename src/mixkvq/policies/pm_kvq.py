@@ -56,6 +56,10 @@ class PMKVQ(KIVI):
             raise ConfigError(f"The {cls.name} policy needs plan_tokens, the length that its budget is for.")
         if config.key_feedback is not None:
             raise ConfigError(f"The {cls.name} policy rounds codes one by one: leave key_feedback out.")
+        if config.key_rope != "after":
+            raise ConfigError(
+                f"The {cls.name} policy stores keys as they come before it makes codes: leave key_rope out."
+            )
         if config.outliers or config.key_levels is not None or config.value_levels is not None:
             raise ConfigError(
                 f"The {cls.name} policy halves even codes: leave outliers, key_levels and value_levels out."

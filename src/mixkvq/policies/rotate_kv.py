@@ -15,6 +15,7 @@ FIELDS: dict[str, Any] = {
     "key_axis": "token",
     "key_group": 128,
     "key_rotation": "hadamard",
+    "key_rope": "before",
     "key_clip": True,
     "value_group": 128,
     "value_rotation": "hadamard",
@@ -25,14 +26,14 @@ FIELDS: dict[str, Any] = {
 class RotateKV(KIVI):
     """Every channel has ``key_bits``; keys and values are rotated head by head, and a token's channels share a scale.
 
-    Differs from the paper: keys are rotated after RoPE, each head for itself, without the calibrated order of
-    channels; the first 20 tokens stay in full precision, not those with massive activations (docs/rotatekv.md).
+    Differs from the paper: each head is rotated for itself, without the calibrated order of channels; the first 20
+    tokens stay in full precision, not those with massive activations (docs/rotatekv.md).
     """
 
     name = "rotatekv"
     presets = {  # noqa: RUF012
         "rotatekv-2": Preset(
-            "rotated keys (after RoPE, unlike the paper's) and values, 2 bits per token in groups of 128",
+            "rotated keys (before RoPE) and values, 2 bits per token in groups of 128",
             SOURCE,
             FIELDS,
         ),

@@ -50,6 +50,7 @@ class BlockSource:
         keys, values: ``[X, Hkv, T, D]``.
         rows, starts: ``[N]`` int32.
         sequences: ``[X]`` int64, the sequence that each row of ``keys`` belongs to.
+        first: ``[N]`` int64, the number in its sequence of each block's first token.
     """
 
     keys: Tensor
@@ -57,6 +58,7 @@ class BlockSource:
     rows: Tensor
     starts: Tensor
     sequences: Tensor
+    first: Tensor
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,7 +81,7 @@ class AppendPlan:
     Attributes:
         lengths: of all sequences afterwards.
         sequences: ``[N]`` int64, the batch row of each block.
-        columns: ``[N]`` int64, its place in the sequence's block table.
+        columns: ``[N]`` int64, its place in the sequence's block table; ``first [N]`` int64, its first token's number.
         pages: of each block; ``numbers [N]`` int32 is the same on the device.
         positions: ``[N, R]`` int64, source positions of each block's tokens.
         whole: whether every block is a run of new tokens, so that nothing needs to be gathered.
@@ -90,6 +92,7 @@ class AppendPlan:
     pages: range
     numbers: Tensor
     columns: Tensor
+    first: Tensor
     sequences: Tensor
     positions: Tensor
     whole: bool
@@ -148,6 +151,7 @@ class AppendPlan:
             pages=range(next_page, next_page + len(columns)),
             numbers=torch.arange(next_page, next_page + len(columns), dtype=torch.int32, device=device),
             columns=torch.tensor(columns, dtype=torch.long, device=device),
+            first=torch.tensor([sinks + tokens * at for at in columns], dtype=torch.long, device=device),
             sequences=torch.tensor(sequences, dtype=torch.long, device=device),
             positions=positions.to(device),
             whole=whole,
@@ -161,13 +165,13 @@ class AppendPlan:
         if self.whole:
             starts = (self.positions[:, 0] - dense_keys.shape[2]).int()
             everyone = torch.arange(len(keys), device=keys.device)
-            return BlockSource(keys, values, self.sequences.int(), starts, everyone)
+            return BlockSource(keys, values, self.sequences.int(), starts, everyone, self.first)
         rows = self.sequences[:, None]
         all_keys = torch.cat([dense_keys, keys.to(dense_keys.dtype)], 2)[rows, :, self.positions].transpose(1, 2)
         all_values = torch.cat([dense_values, values.to(dense_values.dtype)], 2)
         all_values = all_values[rows, :, self.positions].transpose(1, 2)
         numbers = torch.arange(len(rows), dtype=torch.int32, device=keys.device)
-        return BlockSource(all_keys, all_values, numbers, torch.zeros_like(numbers), self.sequences)
+        return BlockSource(all_keys, all_values, numbers, torch.zeros_like(numbers), self.sequences, self.first)
 
     def keep(self, dense_keys: Tensor, dense_values: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write the tokens that complete no block to their dense slots, once the blocks are packed."""

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mixkvq.quant.block import DENSE_BITS
 from mixkvq.quant.planes import plane_widths, words_per_page
+from mixkvq.quant.rope import Rope
 
 #: Channels of a chunk of extra planes: one tile of a matrix product. A dense channel, eight times as large, has a chunk
 #: of its own, so that a page with one of them does not pay for 16.
@@ -98,6 +99,8 @@ class PageLayout:
         dense_dtype: type of everything that is not quantized: the model's own.
         key_axis: whether the tokens of a channel share a key scale, or the channels of a token.
         key_rotated: whether packed keys are Hadamard-rotated, so that queries have to be, too.
+        key_rope: what was taken back from packed keys, before they were rotated, and has to be applied when they are
+            read; None if they were packed as they came.
         key_levels, value_levels: what codes stand for; see :mod:`mixkvq.quant.levels`.
         outliers: share of the keys and values of a head that are kept apart; see :mod:`mixkvq.quant.outliers`.
         promoted_dtype: type of dense channels among quantized ones, and of outliers: 16 bits wide.
@@ -117,15 +120,18 @@ class PageLayout:
     value_symmetric: bool = False
     key_axis: Literal["channel", "token"] = "channel"
     key_rotated: bool = False
+    key_rope: Rope | None = None
     key_levels: tuple[float, ...] | None = None
     value_levels: tuple[float, ...] | None = None
     outliers: float = 0.0
 
     def __post_init__(self) -> None:
-        if (self.key_axis == "token" or self.outliers or self.key_levels) and self.promoted_bits:
+        irregular = self.key_axis == "token" or self.outliers or self.key_levels or self.key_rope is not None
+        if irregular and self.promoted_bits:
             raise ValueError(
-                f"Channels promoted to {self.promoted_bits} bits need key scales of their own and uniform levels: use "
-                "key_axis='channel', no key_levels and no outliers, or a policy that promotes none."
+                f"Channels promoted to {self.promoted_bits} bits need key scales of their own, uniform levels and "
+                "keys after RoPE: use key_axis='channel', key_rope='after', no key_levels and no outliers, or a policy "
+                "that promotes none."
             )
 
     @cached_property

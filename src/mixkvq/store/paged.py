@@ -185,6 +185,15 @@ class PagedStore:
             run_starts[bits] = self._numbers([pool.runs[page][0] for page in pages])
         return self._numbers(pages), run_starts
 
+    def next_tokens(self, sequences: Sequence[int]) -> Tensor:
+        """The numbers in their sequences of the first tokens of N blocks that wait for their pages, ``[N]`` int64."""
+        blocks = {row: len(self.tables[row]) for row in sequences}
+        numbers = []
+        for row in sequences:
+            numbers.append(self.sinks + blocks[row] * self.layout.tokens)
+            blocks[row] += 1
+        return torch.tensor(numbers, device=self.device)
+
     def write(self, sequences: Sequence[int], keys: QuantizedKeys, values: QuantizedValues) -> None:
         """Pack N quantized blocks into pages and append those to their sequences' block tables."""
         counts = {bits: chunk_counts(self.layout, bits, keys.bits).tolist() for bits in self.chunks}
@@ -213,12 +222,13 @@ class PagedStore:
     def packed(self) -> PackedPages | None:
         """All pages of all sequences, in order; None if there are none."""
         if self._packed is None and any(self.tables):
-            self._packed = PackedPages.of(self.layout, self.tables, self.pages.data, self.chunk_data)
+            self._packed = PackedPages.of(self.layout, self.tables, self.sinks, self.pages.data, self.chunk_data)
         return self._packed
 
-    def only(self, page: int) -> PackedPages:
-        """A view of one page, as if it were the only page of the only sequence."""
-        view = PackedPages.of(self.layout, [[page]], self.pages.data, self.chunk_data)
+    def only(self, row: int, block: int) -> PackedPages:
+        """A view of one block's page, as if it were the only page of the only sequence."""
+        table, start = [self.tables[row][block]], self.sinks + block * self.layout.tokens
+        view = PackedPages.of(self.layout, [table], start, self.pages.data, self.chunk_data)
         assert view is not None
         return view
 
@@ -293,10 +303,10 @@ class PagedStore:
         self._compact()
 
     def cut_page(self, row: int, length: int) -> tuple[int, int] | None:
-        """The page that a cut to ``length`` tokens runs through, and how many of its tokens are left, or None."""
+        """The block that a cut to ``length`` tokens runs through, if packed, and how many of its tokens are left."""
         block, left = divmod(max(length - self.sinks, 0), self.layout.tokens)
         if left and block < len(self.tables[row]):
-            return self.tables[row][block], left
+            return block, left
         return None
 
     def _release(self, table: list[int]) -> None:

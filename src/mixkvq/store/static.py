@@ -136,6 +136,14 @@ class StaticStore:
         if self.shape.chunks_per_page is not None:
             torch.mul(self.per_page[:, None], self.numbers.clamp(min=0), out=self.all_run_starts)
 
+    def first_tokens(self) -> Tensor:
+        """After :meth:`advance`, the number in its sequence of the first token of each residual that is to be packed:
+        ``[layers * B]`` int64, as :attr:`numbers` counts them.
+        """
+        blocks, _ = self.tensors(0).places()
+        first = self.shape.sinks + (blocks.long() - 1) * self.layout.tokens
+        return first.repeat(self.shape.layers)
+
     def shift(self) -> None:
         """Move what lies behind the blocks just packed to the front of the residual."""
         sinks, behind = self.shape.sinks, self.shape.sinks + self.layout.tokens

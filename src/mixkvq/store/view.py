@@ -64,12 +64,14 @@ class PageSlice:
 
     Attributes:
         sequence: ``[N]`` int64, the batch row of each page.
+        first: ``[N]`` int64, the number in its sequence of each page's first token.
         fields: every field of the page record, ``[N, ...]``.
         chunks: by promoted width; widths without a channel in these pages are left out.
     """
 
     layout: PageLayout
     sequence: Tensor
+    first: Tensor
     fields: dict[str, Tensor]
     chunks: dict[int, ChunkSlice]
 
@@ -82,6 +84,7 @@ class PackedPages:
         numbers: of the pages in their pool, the block tables one after the other.
         index: the same, ``[N]`` int64 on the device.
         sequence: ``[N]`` int64, the batch row of each.
+        first: ``[N]`` int64, the number in its sequence of the first token of each.
         pages, chunks: the pools: ``[P, nbytes]`` uint8, and by promoted width ``[C, nbytes]``.
     """
 
@@ -89,20 +92,26 @@ class PackedPages:
     numbers: tuple[int, ...]
     index: Tensor
     sequence: Tensor
+    first: Tensor
     pages: Tensor = field(repr=False)
     chunks: dict[int, Tensor] = field(repr=False)
 
     @classmethod
     def of(
-        cls, layout: PageLayout, tables: Sequence[Sequence[int]], pages: Tensor, chunks: dict[int, Tensor]
+        cls, layout: PageLayout, tables: Sequence[Sequence[int]], start: int, pages: Tensor, chunks: dict[int, Tensor]
     ) -> PackedPages | None:
-        """The view over some block tables; None if there is no page in them."""
+        """The view over some block tables; None if there is no page in them.
+
+        Args:
+            start: number of the first token of each table's first page: the sinks come before it.
+        """
         numbers = tuple(page for table in tables for page in table)
         if not numbers:
             return None
         rows = [row for row, table in enumerate(tables) for _ in table]
-        index, sequence = (torch.tensor(x, device=pages.device) for x in (numbers, rows))
-        return cls(layout, numbers, index, sequence, pages, chunks)
+        tokens = [start + layout.tokens * block for table in tables for block in range(len(table))]
+        index, sequence, first = (torch.tensor(x, device=pages.device) for x in (numbers, rows, tokens))
+        return cls(layout, numbers, index, sequence, first, pages, chunks)
 
     @classmethod
     def of_cache(cls, cache: CacheTensors) -> PackedPages | None:
@@ -111,14 +120,14 @@ class PackedPages:
         counts = blocks.tolist()
         tables = cache.table[:, : max(counts, default=0)].tolist()
         tables = [table[:count] for table, count in zip(tables, counts, strict=True)]
-        return cls.of(cache.layout, tables, cache.pages, cache.chunks)
+        return cls.of(cache.layout, tables, cache.sinks, cache.pages, cache.chunks)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def tensors(self) -> list[Tensor]:
         """What this view holds besides the pools."""
-        return [self.index, self.sequence]
+        return [self.index, self.sequence, self.first]
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +142,7 @@ class PackedPages:
         rows = _rows(self.pages, self.numbers[start:stop], self.index[start:stop])
         fields = self.layout.page.views(rows)
         chunks = {bits: part for bits in self.chunks if (part := self._chunk_slice(bits, fields)) is not None}
-        return PageSlice(self.layout, self.sequence[start:stop], fields, chunks)
+        return PageSlice(self.layout, self.sequence[start:stop], self.first[start:stop], fields, chunks)
 
     def _chunk_slice(self, bits: int, fields: dict[str, Tensor]) -> ChunkSlice | None:
         data = self.chunks[bits]

@@ -8,7 +8,7 @@ the layer from the handle. A model that touches keys or values in between fails 
 from mixkvq.adapters.transformers.attention import NAME, register
 from mixkvq.adapters.transformers.cache import MixKVQCache
 from mixkvq.adapters.transformers.confidence import confidence_processors
+from mixkvq.adapters.transformers.errors import UnsupportedModelError
 from mixkvq.adapters.transformers.static import MixKVQStaticCache
-from mixkvq.adapters.transformers.support import UnsupportedModelError
 
 __all__ = ["NAME", "MixKVQCache", "MixKVQStaticCache", "UnsupportedModelError", "confidence_processors", "register"]

@@ -10,9 +10,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
+from mixkvq.adapters.transformers.errors import UnsupportedModelError
 from mixkvq.adapters.transformers.handle import KVHandle
 from mixkvq.adapters.transformers.masks import build_mask, to_bool
-from mixkvq.adapters.transformers.support import UnsupportedModelError
 from mixkvq.kernels.partial import causal, dense_attention, merge, sink_rows
 
 #: ``attn_implementation`` of a model that is to use the cache.

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from mixkvq.adapters.transformers.errors import UnsupportedModelError
 from mixkvq.adapters.transformers.layer import MixKVQLayer
 from mixkvq.adapters.transformers.masks import MaskReader
-from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, settings
+from mixkvq.adapters.transformers.support import ExpectedShape, settings
 from mixkvq.config import MixKVQConfig
 from mixkvq.layers import EvictingCache
 from mixkvq.policies import Policy
@@ -54,7 +55,7 @@ class MixKVQCache(Cache):
         self.config = checked.config
         masks, expected = MaskReader(), ExpectedShape(checked.text)
         layers = [
-            MixKVQLayer(*checked.layer(index), masks, expected) if type(layer) is DynamicLayer else layer
+            MixKVQLayer(checked.layer(index), masks, expected) if type(layer) is DynamicLayer else layer
             for index, layer in enumerate(DynamicCache(config=model_config).layers)
         ]
         #: The layers that this package stores.

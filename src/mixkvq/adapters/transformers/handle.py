@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from mixkvq.adapters.transformers.support import UnsupportedModelError
+from mixkvq.adapters.transformers.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from mixkvq.adapters.transformers.layer import MixKVQLayer

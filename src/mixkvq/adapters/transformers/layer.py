@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mixkvq.adapters.transformers.errors import UnsupportedModelError
 from mixkvq.adapters.transformers.handle import KVHandle
 from mixkvq.adapters.transformers.masks import MaskReader, to_bool
-from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, check_finite
-from mixkvq.config import MixKVQConfig
-from mixkvq.layers import EvictingCache, LayerCache, Step, new_layer_cache
-from mixkvq.policies import Policy
+from mixkvq.adapters.transformers.support import ExpectedShape, check_finite
+from mixkvq.layers import EvictingCache, LayerCache, LayerSettings, Step, new_layer_cache
 from mixkvq.store import MemoryReport
 
 
@@ -32,10 +31,9 @@ class MixKVQLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, config: MixKVQConfig, policy: Policy, masks: MaskReader, expected: ExpectedShape) -> None:
+    def __init__(self, settings: LayerSettings, masks: MaskReader, expected: ExpectedShape) -> None:
         super().__init__()
-        self.config = config
-        self.policy = policy
+        self.config, self.policy, self.rope = settings
         self.masks = masks
         self.expected = expected
         self.record_past = False
@@ -156,7 +154,7 @@ class MixKVQLayer(CacheLayerMixin):
         step = Step(query, key, value, real)
         self._commit()
         if self.cache is None:
-            self.cache = new_layer_cache(self.config, self.policy, step)
+            self.cache = new_layer_cache(self.config, self.policy, step, self.rope)
             self.is_initialized = True
         elif self.cache.store.batch != query.shape[0]:
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
-from mixkvq.adapters.transformers.support import UnsupportedModelError
+from mixkvq.adapters.transformers.errors import UnsupportedModelError
 from mixkvq.store.books import CacheFullError
 
 #: Additive masks hide a token with this or less: the largest number that is in use for it.

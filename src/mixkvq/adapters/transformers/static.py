@@ -11,8 +11,9 @@ from transformers import Cache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from mixkvq.adapters.transformers.cache import held_tensors
+from mixkvq.adapters.transformers.errors import UnsupportedModelError
 from mixkvq.adapters.transformers.static_layer import MixKVQStaticLayer, StaticState
-from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, settings
+from mixkvq.adapters.transformers.support import ExpectedShape, settings
 from mixkvq.config import ConfigError, MixKVQConfig
 from mixkvq.layers import new_model_cache
 from mixkvq.policies import Policy
@@ -60,7 +61,7 @@ class MixKVQStaticCache(Cache):
         full = [at for at, layer in enumerate(layers) if type(layer) is StaticLayer]
         self._refuse_layers(layers, len(full), checked.text)
         own = [checked.layer(at) for at in full]
-        for _, each in own:
+        for _, each, _ in own:
             if each.evicts:
                 raise ConfigError(
                     f"MixKVQStaticCache keeps all tokens, and the {each.name} policy evicts some. Use MixKVQCache."

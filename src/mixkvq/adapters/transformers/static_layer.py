@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mixkvq.adapters.transformers.errors import UnsupportedModelError
 from mixkvq.adapters.transformers.handle import KVHandle
 from mixkvq.adapters.transformers.masks import MaskReader, mark_positions
 from mixkvq.adapters.transformers.static_op import attend, new_anchor
-from mixkvq.adapters.transformers.support import ExpectedShape, UnsupportedModelError, check_finite
+from mixkvq.adapters.transformers.support import ExpectedShape, check_finite
 from mixkvq.kernels.decode import MAX_STEP
 from mixkvq.kernels.partial import causal
 from mixkvq.layers import GroupedCache, ModelCache, Step

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from mixkvq.adapters.transformers.errors import UnsupportedModelError
+from mixkvq.adapters.transformers.rope import rope_of
 from mixkvq.config import ConfigError, MixKVQConfig
+from mixkvq.layers import LayerSettings
 from mixkvq.policies import Policy, policy_class
-
-
-class UnsupportedModelError(RuntimeError):
-    """The model's architecture does something with its keys and values that the packed cache cannot serve."""
 
 
 class ExpectedShape:
@@ -90,13 +89,14 @@ class Settings:
         self._given = policy
         self._policies: dict[MixKVQConfig, Policy] = {}
 
-    def layer(self, index: int) -> tuple[MixKVQConfig, Policy]:
-        """A layer's own configuration and policy; layers with equal configurations share the policy."""
+    def layer(self, index: int) -> LayerSettings:
+        """A layer's own settings; layers with equal configurations share the policy."""
         own = self.config.for_layer(index)
         own = policy_class(own.policy).for_layer(own, index, self.text.num_hidden_layers)
         if own not in self._policies:
             self._policies[own] = self._given or policy_class(own.policy)(own)
-        return own, self._policies[own]
+        rope = rope_of(self.text, index) if own.key_rope == "before" else None
+        return own, self._policies[own], rope
 
 
 def settings(model_config: PreTrainedConfig, config: MixKVQConfig | str, policy: Policy | None, owner: str) -> Settings:
