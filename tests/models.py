@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 import transformers as tf
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 128
 SIZE = {
@@ -49,8 +49,13 @@ ARCHITECTURES: dict[str, tuple[type, dict]] = {
 def tiny_model(architecture: str) -> PreTrainedModel:
     """A model of the real class with random weights, in float32, for evaluation."""
     kind, changes = ARCHITECTURES[architecture]
+    return random_model(kind(**{**SIZE, **changes}))
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with random weights, in float32, for evaluation."""
     torch.manual_seed(1)
-    model = tf.AutoModelForCausalLM.from_config(kind(**{**SIZE, **changes}), attn_implementation="eager")
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for name, parameter in model.named_parameters():
         # Weights large enough that logits differ and attention is not flat.
         if parameter.dim() > 1:

@@ -46,9 +46,9 @@ def check(config: MixKVQConfig) -> None:
     policy.check(config)
     promotes = bool(policy(config).promoted_bits)
     _check_key_axis(config, promotes=promotes)
-    _check_key_rope(config, promotes=promotes)
     _check_levels(config)
     _check_irregular(config, promotes=promotes)
+    _check_key_rope(config, promotes=promotes)
 
 
 def join(choices: Iterable[Any]) -> str:

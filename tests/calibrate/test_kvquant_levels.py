@@ -10,6 +10,7 @@ from mixkvq.calibrate.kvquant import check_base, count_layer, layer_levels
 from mixkvq.calibrate.layers import with_layers
 from mixkvq.evaluate.fidelity import appends, fidelity
 from mixkvq.quant.levels import BINS_PER_STEP, new_histogram
+from mixkvq.quant.rope import Rope
 from models import VOCABULARY, tiny_model
 
 SMALL = MixKVQConfig.parse("kvquant-2:residual_length=16,key_group=16,sinks=1,outliers=0")
@@ -41,6 +42,19 @@ def test_what_is_counted_by_hand():
     # squared gradient times squared step, of two equal channels
     assert counted(histograms[0]) == {BINS_PER_STEP * 3 // 2: 2 * 0.25 * 4, last: 2 * 1.0 * 4}
     assert counted(histograms[1]) == {last: 4.0}
+
+
+def test_keys_and_their_gradients_are_counted_before_rope():
+    keys, values, key_gradients, value_gradients = torch.randn(4, 18, 4)
+    plain, turned = ((new_histogram(2), new_histogram(2)) for _ in range(2))
+    count_layer(tape(keys, values, key_gradients, value_gradients), 0, SMALL, plain)
+    rope = Rope.of_base(4)
+    with_rope = [rope.apply(x[None, None], torch.zeros(1))[0, 0] for x in (keys, key_gradients)]
+    count_layer(tape(with_rope[0], values, with_rope[1], value_gradients), 0, SMALL, turned, rope)
+    assert torch.equal(turned[1], plain[1])
+    mass = plain[0].sum()
+    assert turned[0].sum() == pytest.approx(float(mass), rel=1e-2)
+    assert (turned[0] - plain[0]).cumsum(0).abs().sum() < mass  # moved by less than a bin, by rounding
 
 
 def test_outliers_are_not_counted():

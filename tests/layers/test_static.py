@@ -8,6 +8,7 @@ from mixkvq import MixKVQConfig
 from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.layers import LayerCache, ModelCache, Step
 from mixkvq.policies import policy_class
+from mixkvq.quant.rope import Rope
 from mixkvq.store.books import Books, CacheFullError, steps_left
 from mixkvq.store.memory import PACKED_PARTS
 from mixkvq.store.shape import Capacity
@@ -18,7 +19,7 @@ LAYERS = 2
 
 def model_cache(config: MixKVQConfig, **capacity) -> ModelCache:
     capacity = capacity or {"max_tokens": 20 * config.residual_length}
-    return ModelCache(config, policy_class(config.policy)(config), LAYERS, Capacity(**capacity))
+    return ModelCache(config, policy_class(config.policy)(config), LAYERS, Capacity(**capacity), Rope.of_base(16))
 
 
 def steps(batch: int, length: int, **shape: int) -> list[Step]:

@@ -27,7 +27,8 @@ def test_a_rotated_vector_by_hand():
     step = Step(keys, keys, keys)
     # H (8, 1, 0, 0) = (4.5, 3.5, 4.5, 3.5): two levels, again exact; unrotated the 1 becomes 0
     fields = "sinks=0,residual_length=16,key_group=4"
-    assert torch.allclose(stored_keys(f"rotatekv-2:{fields},key_clip=false", step), keys[0], atol=2e-3)
+    rotated = f"rotatekv-2:{fields},key_clip=false,key_rope=after"
+    assert torch.allclose(stored_keys(rotated, step), keys[0], atol=2e-3)
     unrotated = stored_keys(f"kivi-2:key_axis=token,{fields}", step)[0, 0]
     assert torch.allclose(unrotated, torch.tensor([8.0, 0.0, 0.0, 0.0]), atol=1e-2)
 
@@ -40,7 +41,7 @@ def test_attention_is_exact_where_the_codes_are(dim: int):
     whole[..., 0], whole[..., 1] = 0, 255
     past = Step(past.query, rotate(whole) / 64, rotate(whole.flip(2)) / 64)
     outputs = []
-    for text in ("bf16:sinks=20", "rotatekv-4:key_bits=8,value_bits=8"):
+    for text in ("bf16:sinks=20", "rotatekv-4:key_bits=8,value_bits=8,key_rope=after"):
         cache = layer_cache(MixKVQConfig.parse(text), past)
         cache.append(past)
         outputs.append(cache.attend(step, None, scaling=dim**-0.5))
@@ -58,7 +59,8 @@ def test_outliers_of_a_few_channels_are_spread():
     keys[..., 5] += 30
     step = Step(step.query, keys, step.values)
     errors = [
-        (stored_keys(text, step) - keys[0, :, 20 : 20 + 256]).square().mean() for text in ("rotatekv-2", UNROTATED)
+        (stored_keys(text, step) - keys[0, :, 20 : 20 + 256]).square().mean()
+        for text in ("rotatekv-2:key_rope=after", UNROTATED)
     ]
     assert errors[0] < 0.6 * errors[1]
 

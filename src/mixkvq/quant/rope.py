@@ -26,7 +26,7 @@ class Rope:
     @classmethod
     def of_base(cls, dim: int, base: float = 10000.0) -> Rope:
         """RoPE as in Llama, over all ``dim`` channels: ``inv_freq[i] = base^(-2 i / dim)``."""
-        return cls(tuple((1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)).tolist()))
+        return cls(tuple(base ** (-2 * i / dim) for i in range(dim // 2)))
 
     def apply(self, x: Tensor, first: Tensor) -> Tensor:
         """RoPE of blocks.
