@@ -43,7 +43,7 @@ def test_a_share_out_of_the_pages_is_refused():
     assert len(blocks("kvmix:recent=0").pages) == 3
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", [*CACHES, "kvquant-2"])
 def test_copies_are_read_as_their_sources(cache: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mixkvq.bench.synthetic.COPIED_AT_ONCE", 1)  # a page at a time
     source = blocks(cache)

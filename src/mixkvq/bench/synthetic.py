@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from mixkvq.config import ConfigError, MixKVQConfig
-from mixkvq.kernels.reference import dequantize_keys
-from mixkvq.kernels.unpack import stored_values
+from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.layers import LayerCache, Step
 from mixkvq.policies import policy_class
 from mixkvq.quant.rope import Rope
-from mixkvq.quant.rotation import rotate
 from mixkvq.store.books import blocks_of
 from mixkvq.store.static import StaticStore
 from mixkvq.store.tensors import CacheTensors
+from mixkvq.store.view import PackedPages
 
 #: Blocks that are packed; more pages than that are copies.
 DISTINCT = 256
@@ -124,16 +123,16 @@ class PackedBlocks:
         return torch.arange(count, device=self.pages.device) % self.count
 
     def content(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """What pages ``numbers [N]`` that :meth:`fill` wrote hold: keys and values ``[Hkv, N * R, D]`` float32."""
-        packed = self.cache.store.packed()
-        assert packed is not None
-        slices = list(packed.slices(16))
-        keys = torch.cat([dequantize_keys(part) for part in slices])
-        values = torch.cat([stored_values(part) for part in slices])
-        if self.cache.rotated:
-            values = rotate(values)
-        sources = (numbers.long() % self.count).to(keys.device)
-        return keys[sources].transpose(0, 1).flatten(1, 2), values[sources].transpose(0, 1).flatten(1, 2)
+        """Keys and values ``[Hkv, N * R, D]`` float32 of a sequence whose pages are ``numbers [N]`` that :meth:`fill`
+        wrote.
+        """
+        store = self.cache.store
+        table = [store.tables[0][number % self.count] for number in numbers.tolist()]
+        view = PackedPages.of(self.layout, [table], store.sinks, store.pages.data, self.chunks)
+        if view is None:
+            empty = torch.zeros(self.layout.kv_heads, 0, self.layout.key_dim, device=self.pages.device)
+            return empty, empty
+        return dequantize_pages(view, 0, rotated=self.cache.rotated)
 
 
 def filled_tensors(blocks: PackedBlocks, batch: int, stored: int) -> CacheTensors:

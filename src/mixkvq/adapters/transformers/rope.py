@@ -14,9 +14,7 @@ from mixkvq.adapters.transformers.errors import UnsupportedModelError
 from mixkvq.quant.rope import Rope
 
 #: Models with sliding windows whose other layers, which are the ones to be quantized, have no RoPE.
-ONLY_WINDOWS_HAVE_ROPE = frozenset(
-    ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone4_5_text", "exaone_moe", "flint", "kolibri1")
-)
+ONLY_WINDOWS_HAVE_ROPE = frozenset(("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1"))
 #: Tokens by which a :class:`Rope` is compared with the model's own functions.
 COMPARED = 16
 
