@@ -127,3 +127,9 @@ def test_a_layer_whose_rope_is_not_given():
     config, step = MixKVQConfig.preset("kvquant-2"), random_step(1, 10)
     with pytest.raises(ConfigError, match=r"needs the layer's RoPE, which is not known here: set key_rope to 'after'"):
         LayerCache(config, policy_class(config.policy)(config), step)
+
+
+def test_files_from_before_the_field_keep_what_they_were_made_for():
+    fields = MixKVQConfig.preset("kvquant-2").as_dict()
+    del fields["key_rope"]
+    assert MixKVQConfig.from_dict(fields).key_rope == "after"
