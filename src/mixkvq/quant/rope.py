@@ -48,14 +48,13 @@ class Rope:
         x, pairs = x.float(), len(self.inv_freq)
         token = first.view(-1, 1, 1, 1) + torch.arange(x.shape[2], device=x.device)[:, None]
         angle = token.float() * _frequencies(self.inv_freq, x.device)
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin() * sign
         one, other = slice(pairs), slice(pairs, 2 * pairs)
         if self.interleaved:
             one, other = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
         a, b = x[..., one], x[..., other]
         turned = x.clone()
-        turned[..., one] = torch.addcmul(a * cos, b, sin, value=-sign)
-        turned[..., other] = torch.addcmul(b * cos, a, sin, value=sign)
+        turned[..., one], turned[..., other] = a * cos - b * sin, b * cos + a * sin
         return turned
 
 
