@@ -193,7 +193,7 @@ def test_fidelity_feeds_small_pieces_with_the_models_own_confidence(model):
     low, high = fidelity(model, window, {name: MixKVQConfig.parse(text) for name, text in configs.items()})[::-1]
     assert (low.cache, high.cache) == ("low", "high")
     assert low.counts_all
-    assert low.size_bits == low.bits_held > high.size_bits
+    assert low.bits_held > low.size_bits > high.size_bits  # a window in float32 counts as one in 16 bits
     with torch.inference_mode(), attention(model, "mixkvq"):
         cache = MixKVQCache(model.config, TIGHT)
         for t in range(300):

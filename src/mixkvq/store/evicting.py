@@ -182,6 +182,8 @@ class EvictingStore:
     ) -> None:
         self.token_elements = kv_heads * (key_dim + value_dim)
 
+        self.dtype = dtype
+
         def zeros(*shape: int, kind: torch.dtype) -> Tensor:
             return torch.zeros(*shape, dtype=kind, device=device)
 
@@ -215,7 +217,7 @@ class EvictingStore:
 
     def memory(self) -> MemoryReport:
         """Bytes held, by part; tensors that sequences share count once."""
-        report = MemoryReport(counts_all=True)
+        report = MemoryReport(counts_all=True, itemsize=self.dtype.itemsize)
         shared = {id(tensor): (part, tensor) for row in self.rows for part, tensor in row.parts()}
         for part, tensor in shared.values():
             report.parts[part] += tensor.nbytes

@@ -32,6 +32,7 @@ class MemoryReport:
         evicted: those of them that are not held any more.
         counts_all: whether bits are those of everything held, as packed tokens alone do not say what the context costs:
             some were evicted, or a share of it is never packed while older tokens are.
+        itemsize: bytes of a number in the model's type, which sinks and residual are held in.
     """
 
     parts: Counter[str] = field(default_factory=Counter)
@@ -42,6 +43,7 @@ class MemoryReport:
     elements: int = 0
     evicted: int = 0
     counts_all: bool = False
+    itemsize: int = 2
 
     def __add__(self, other: MemoryReport) -> MemoryReport:
         return MemoryReport(
@@ -53,6 +55,7 @@ class MemoryReport:
             self.elements + other.elements,
             self.evicted + other.evicted,
             self.counts_all or other.counts_all,
+            max(self.itemsize, other.itemsize),
         )
 
     def check(self, tensors: Iterable[Tensor]) -> None:
@@ -102,10 +105,13 @@ class MemoryReport:
 
     @property
     def size_bits(self) -> float:
-        """What caches are compared by: :attr:`bits`, or :attr:`bits_held` of a cache that :attr:`counts_all`, or has
-        none packed: then what is packed says nothing of the tokens seen.
+        """What caches are compared by: :attr:`bits`; of a cache that :attr:`counts_all`, or has none packed, what
+        :attr:`bits_held` would be in a model of 16 bits: what is packed says nothing of the tokens seen then.
         """
-        return self.bits_held if self.counts_all or not self.packed_keys else self.bits
+        if self.packed_keys and not self.counts_all:
+            return self.bits
+        beyond = (self.parts["sinks"] + self.parts["residual"]) * (1 - 2 / self.itemsize)
+        return self.bits_held - 8 * beyond / max(self.elements, 1)
 
     @property
     def quantized_bits(self) -> float | None:
@@ -117,7 +123,9 @@ def packed_report(layout: PageLayout, pages: int, promoted: dict[int, int]) -> M
     """Elements and bits of code in so many pages, with ``promoted`` channels of all of them together, by width."""
     per_page = layout.kv_heads * layout.tokens
     report = MemoryReport(
-        packed_keys=pages * per_page * layout.key_dim, packed_values=pages * per_page * layout.value_dim
+        packed_keys=pages * per_page * layout.key_dim,
+        packed_values=pages * per_page * layout.value_dim,
+        itemsize=layout.dense_dtype.itemsize,
     )
     report.key_code_bits = report.packed_keys * _code_bits(layout, layout.key_bits)
     report.value_code_bits = report.packed_values * _code_bits(layout, layout.value_bits)
