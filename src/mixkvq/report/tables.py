@@ -55,7 +55,9 @@ def fidelity_table(rows: Sequence[Fidelity]) -> Table:
             f"{row.top1_agreement:.1%}",
         )
     if any(row.counts_all for row in rows):
-        table.caption = "* tokens were evicted, or kept unpacked: bits of everything held, over all tokens seen, in a model of 16 bits"
+        table.caption = (
+            "* tokens were evicted, or kept unpacked: all bits held, over all tokens seen, in a model of 16 bits"
+        )
     return table
 
 
