@@ -1,7 +1,10 @@
 """SmoothAttention: the model stays what it is, and its keys become easier to quantize per token."""
 
+import copy
+
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from mixkvq import MixKVQConfig
 from mixkvq.calibrate.capture import record
@@ -11,6 +14,11 @@ from mixkvq.evaluate.fidelity import appends, fidelity
 from models import VOCABULARY, tiny_model
 
 CONFIG = MixKVQConfig.preset("pm-kvq-2", key_axis="token", residual_length=32, plan_tokens=320)
+
+
+def own_model(architecture: str) -> PreTrainedModel:
+    """A tiny model that may be changed: others have theirs from a cache."""
+    return copy.deepcopy(tiny_model(architecture))
 
 
 def first_keys(model, text: torch.Tensor) -> torch.Tensor:
@@ -26,7 +34,7 @@ def test_pair_sizes_by_hand():
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # qwen2 has biases
 def test_the_model_stays_what_it_is(architecture: str):
-    model, text = tiny_model(architecture), torch.randint(3, VOCABULARY, (320,))
+    model, text = own_model(architecture), torch.randint(3, VOCABULARY, (320,))
     before = model(text[None]).logits
     attention = model.model.layers[0].self_attn
     heads = attention.k_proj.out_features // attention.head_dim
@@ -39,7 +47,7 @@ def test_the_model_stays_what_it_is(architecture: str):
 
 
 def test_keys_with_large_channels_become_easier():
-    model, texts = tiny_model("llama"), torch.randint(3, VOCABULARY, (2, 320))
+    model, texts = own_model("llama"), torch.randint(3, VOCABULARY, (2, 320))
     for layer in model.model.layers:
         factors = torch.ones(2, 8)
         factors[:, 2] = 0.05  # this pair of keys is twenty times as large
@@ -56,11 +64,11 @@ def test_keys_with_large_channels_become_easier():
 def test_models_that_it_cannot_be_folded_into():
     text = torch.randint(3, VOCABULARY, (320,))
     with pytest.raises(CalibrationError, match="layer 0 of this qwen3 model has no such linear layers"):
-        smooth_attention(tiny_model("qwen3"), text, CONFIG)
+        smooth_attention(own_model("qwen3"), text, CONFIG)
 
 
 def test_a_rotary_embedding_with_other_pairs(monkeypatch: pytest.MonkeyPatch):
-    model, text = tiny_model("llama"), torch.randint(3, VOCABULARY, (320,))
+    model, text = own_model("llama"), torch.randint(3, VOCABULARY, (320,))
     monkeypatch.setattr("mixkvq.calibrate.smooth.fold", lambda query, key, by: key.weight.data.mul_(3))
     with pytest.raises(CalibrationError, match="changed this llama model's logits by"):
         smooth_attention(model, text, CONFIG)

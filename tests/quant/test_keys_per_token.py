@@ -89,7 +89,12 @@ def test_kernels_leave_them_to_torch(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     ("text", "kernel"),
-    [("kivi-2", "cuda"), ("kivi-2:key_bits=3", "triton"), ("bf16", "triton"), ("kivi-2:key_axis=token", "torch")],
+    [
+        ("kivi-2", "cuda"),
+        ("default:scale_dtype=bfloat16", "triton"),
+        ("bf16", "triton"),
+        ("kivi-2:key_axis=token", "torch"),
+    ],
 )
 def test_the_kernel_of_a_format(text: str, kernel: str):
     step = random_step(1, 1, dim=128, dtype=torch.bfloat16)
