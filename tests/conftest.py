@@ -19,7 +19,7 @@ from chats import chat_tokenizer
 from mixkvq import MixKVQConfig, all_presets
 from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.layers import LayerCache, Step, new_layer_cache
-from mixkvq.layers.recipe import expected_kernel
+from mixkvq.layers.expected import expected_kernel
 from mixkvq.policies import policy_class
 from mixkvq.quant.rope import Rope
 from models import tiny_model

@@ -9,7 +9,8 @@ from mixkvq.calibrate.channels import frozen_channels, mean_saliences
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.layers import with_layers
 from mixkvq.evaluate.fidelity import fidelity
-from mixkvq.layers.recipe import Recipe, fits_fixed
+from mixkvq.layers.expected import fits_fixed
+from mixkvq.layers.recipe import Recipe
 from mixkvq.policies import KeyBlock, policy_class
 from models import VOCABULARY, tiny_model
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mixkvq import MixKVQConfig
-from mixkvq.layers.recipe import expected_bits, page_layout
+from mixkvq.layers.expected import expected_bits
+from mixkvq.layers.recipe import page_layout
 from mixkvq.policies import policy_class
 
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from conftest import layer_cache, random_step, tokens
 from mixkvq import ConfigError, MixKVQCache, MixKVQConfig, MixKVQStaticCache
 from mixkvq.layers import LayerCache, Step
-from mixkvq.layers.recipe import expected_kernel, fits_fixed
+from mixkvq.layers.expected import expected_kernel, fits_fixed
 from mixkvq.models import attention
 from mixkvq.policies import policy_class
 from mixkvq.store.recent import RecentTokens

@@ -21,7 +21,7 @@ from mixkvq.evaluate.answers import Answer, AnswerFile, Settings, config_fields
 from mixkvq.evaluate.chains import end_of_turn, prompt_tokens
 from mixkvq.evaluate.errors import EvaluationError
 from mixkvq.evaluate.tasks import Question, Task
-from mixkvq.layers.recipe import fits_fixed
+from mixkvq.layers.expected import fits_fixed
 from mixkvq.models import attention, context_length
 
 #: Habits that a model's own generation settings may have, switched off: they are not part of any task.

@@ -14,7 +14,7 @@ from mixkvq.evaluate.accuracy import Accuracy
 from mixkvq.evaluate.fidelity import Fidelity
 from mixkvq.evaluate.likelihood import LENGTHS, ChainFidelity
 from mixkvq.evaluate.statistics import pareto_front
-from mixkvq.layers.recipe import expected_bits, expected_kernel
+from mixkvq.layers.expected import expected_bits, expected_kernel
 from mixkvq.store import MemoryReport
 
 
