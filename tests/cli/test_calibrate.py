@@ -65,6 +65,7 @@ def test_a_tolerance_instead_of_bits(chat: Path, tmp_path: Path):
         (("--kl", 1e-12), "No bits by layer keep the KL within 1e-12"),
         (("--bits", 3, "--kl", 1), "Give one of --bits, --kl and --lost"),
         (("--lost", 1), "--lost and --problems go together"),
+        (("--reasoner", -1), "--reasoner -1: calibrate on the chains of at least one problem, or of none"),
         (("--exact", 7), "Layer 7 is none of those whose keys are quantized: 0, 1"),
         (("--problems", 1), "--lost and --problems go together"),
         (("--cache", "kivi-2"), "a cache with a budget of key channels"),
