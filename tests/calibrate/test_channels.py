@@ -10,7 +10,7 @@ from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.layers import with_layers
 from mixkvq.evaluate.fidelity import fidelity
 from mixkvq.layers.expected import fits_fixed
-from mixkvq.layers.recipe import Recipe
+from mixkvq.layers.recipe import LayerShape, Recipe
 from mixkvq.policies import KeyBlock, policy_class
 from models import VOCABULARY, tiny_model
 
@@ -38,7 +38,7 @@ def test_every_block_gets_them():
     bits = policy.plan(KeyBlock(torch.randn(3, 2, 32, 8), None))
     assert bits.tolist() == [[[2, 4, 2, 2, 2, 4, 2, 2], [2] * 8]] * 3
     assert policy.promoted_channels(2, 8) == {4: 2}
-    recipe = Recipe.of(config, policy, 2, 8, 8, torch.float32)
+    recipe = Recipe.of(config, policy, LayerShape(2, 8, 8, torch.float32))
     assert recipe.plan(torch.randn(3, 2, 32, 8), None).is_contiguous()  # as kernels read it
     assert not fits_fixed(config, torch.device("cpu"))
     cache = layer_cache(config, step := random_step(2, 100))

@@ -5,7 +5,7 @@ import torch
 
 from mixkvq import CacheFullError, ConfigError, MixKVQCache, MixKVQConfig, MixKVQStaticCache
 from mixkvq.adapters.transformers.support import model_shape
-from mixkvq.layers.recipe import Recipe
+from mixkvq.layers.recipe import LayerShape, Recipe
 from mixkvq.models import attention
 from mixkvq.policies import policy_class
 from models import VOCABULARY, tiny_model
@@ -118,7 +118,7 @@ def test_other_models_are_refused():
     with pytest.raises(ConfigError, match="policy of your own, or settings by layer"):
         MixKVQCache(config, by_layer({}, {}), policy=policy_class("mixkvq")(by_layer()))
     with pytest.raises(ConfigError, match="settings of one layer"):
-        Recipe.of(by_layer({}, {}), policy_class("mixkvq")(by_layer()), 2, 16, 16, torch.float32)
+        Recipe.of(by_layer({}, {}), policy_class("mixkvq")(by_layer()), LayerShape(2, 16, 16, torch.float32))
 
 
 def test_configurations_by_layer_travel_as_json():

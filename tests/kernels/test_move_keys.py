@@ -7,7 +7,7 @@ import torch
 from mixkvq import MixKVQConfig
 from mixkvq.kernels.cuda import feedback as cuda
 from mixkvq.kernels.cuda import module
-from mixkvq.layers.recipe import Recipe
+from mixkvq.layers.recipe import LayerShape, Recipe
 from mixkvq.policies import policy_class
 from mixkvq.quant.feedback import feedback_parts
 from mixkvq.quant.salience import QueryStatistics
@@ -71,7 +71,7 @@ def test_it_moves_keys_to_where_the_reference_rounds_them_from(
     heads, size = 2, config.residual_length
     keys = torch.randn(3, heads, 2 * size + 9, dim) * torch.logspace(-1, 0.7, dim) + torch.randn(dim)
     keys = keys.to(dtype).to(DEVICE)
-    recipe = Recipe.of(config, policy_class(config.policy)(config), heads, dim, dim, dtype)
+    recipe = Recipe.of(config, policy_class(config.policy)(config), LayerShape(heads, dim, dim, dtype))
     statistics = QueryStatistics(3, heads, dim, DEVICE, sample_dtype=dtype)
     queries = torch.randn(3, 2 * heads, tokens, dim, device=DEVICE) @ torch.randn(dim, dim, device=DEVICE)
     statistics.update(queries.to(dtype))
@@ -121,7 +121,7 @@ def test_it_moves_keys_to_where_the_reference_rounds_them_from(
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_queries_that_are_not_finite_move_nothing(move_keys, bad: float):
     config = MixKVQConfig.preset("default", key_feedback=0.2)
-    recipe = Recipe.of(config, policy_class(config.policy)(config), 1, 16, 16, torch.bfloat16)
+    recipe = Recipe.of(config, policy_class(config.policy)(config), LayerShape(1, 16, 16, torch.bfloat16))
     keys = torch.randn(1, 1, 128, 16, device=DEVICE).bfloat16()
     samples = torch.randn(1, 1, 32, 16, device=DEVICE).bfloat16()
     samples[..., 20, 2] = bad
@@ -140,7 +140,7 @@ def test_blocks_of_one_prompt_share_their_covariance(dim: int, dtype: torch.dtyp
             pytest.skip("needs a GPU or g++")
         monkeypatch.setattr(cuda, "load_kernel", emulator.load_kernel)
     config = MixKVQConfig.preset("default")
-    recipe = Recipe.of(config, policy_class(config.policy)(config), 2, dim, dim, dtype)
+    recipe = Recipe.of(config, policy_class(config.policy)(config), LayerShape(2, dim, dim, dtype))
     keys = (torch.randn(2, 2, 300, dim) * torch.logspace(-1, 0.7, dim)).to(dtype).to(DEVICE)
     samples = (torch.randn(2, 2, 150, dim) @ torch.randn(dim, dim)).to(dtype).to(DEVICE)
     samples[1, 1] = 0  # no query yet
@@ -162,7 +162,7 @@ def test_blocks_of_one_prompt_share_their_covariance(dim: int, dtype: torch.dtyp
 @pytest.mark.parametrize("dim", [64, 96, 256])
 def test_shared_memory_is_known_in_advance(dim: int, monkeypatch: pytest.MonkeyPatch):
     config = MixKVQConfig.preset("default")
-    layout = Recipe.of(config, policy_class(config.policy)(config), 2, dim, dim, torch.float16).layout
+    layout = Recipe.of(config, policy_class(config.policy)(config), LayerShape(2, dim, dim, torch.float16)).layout
     macros = cuda.kernel_macros(layout, torch.float16, clip=True, unbiased=True)
     if DEVICE.type == "cpu" and emulator.COMPILER is None:
         pytest.skip("needs a GPU or g++")
@@ -186,7 +186,7 @@ def test_what_the_cuda_kernel_leaves_to_triton(
 ):
     monkeypatch.setattr(cuda, "has_bindings", lambda: True)
     config = MixKVQConfig.parse(text)
-    layout = Recipe.of(config, policy_class(config.policy)(config), 2, dim, dim, dtype).layout
+    layout = Recipe.of(config, policy_class(config.policy)(config), LayerShape(2, dim, dim, dtype)).layout
     keys, samples = (torch.zeros(1, 2, n, dim, dtype=dtype) for n in (config.residual_length, 32))
     assert reason in cuda.unsupported(keys, samples, layout)
     monkeypatch.setattr(cuda, "has_bindings", lambda: False)

@@ -9,7 +9,7 @@ from kernels.helpers import current_devices
 from mixkvq import MixKVQConfig
 from mixkvq.kernels.triton import advance as module
 from mixkvq.kernels.triton.advance import advance, hand_out_chunks
-from mixkvq.layers.recipe import Recipe
+from mixkvq.layers.recipe import LayerShape, Recipe
 from mixkvq.policies import policy_class
 from mixkvq.store.shape import StaticShape
 from mixkvq.store.static import StaticStore
@@ -19,7 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def new_store(text: str, batch: int, pages: int, room: dict[int, int] | None = None) -> StaticStore:
     config = MixKVQConfig.parse(text)
-    recipe = Recipe.of(config, policy_class(config.policy)(config), 2, 16, 16, torch.float32)
+    recipe = Recipe.of(config, policy_class(config.policy)(config), LayerShape(2, 16, 16, torch.float32))
     shape = StaticShape(
         layout=recipe.layout,
         layers=3,

@@ -5,13 +5,13 @@ import torch
 
 from mixkvq import MixKVQConfig
 from mixkvq.layers.expected import expected_bits
-from mixkvq.layers.recipe import page_layout
+from mixkvq.layers.recipe import LayerShape, page_layout
 from mixkvq.policies import policy_class
 
 
 def layout(text: str, kv_heads: int = 2, dim: int = 64, dtype: torch.dtype = torch.bfloat16):
     config = MixKVQConfig.parse(text)
-    return page_layout(config, policy_class(config.policy)(config), kv_heads, dim, dim, dtype)
+    return page_layout(config, policy_class(config.policy)(config), LayerShape(kv_heads, dim, dim, dtype))
 
 
 def test_bytes_of_a_page_of_kivi_2():
@@ -49,7 +49,7 @@ def test_promoted_channels_need_scales_of_their_own():
     config = MixKVQConfig.parse("kivi-2:key_axis=token")
     own = policy_class("mixkvq")(MixKVQConfig.preset("default"))
     with pytest.raises(ValueError, match=r"Channels promoted to \(4,\) bits need key scales of their own"):
-        page_layout(config, own, 2, 64, 64, torch.bfloat16)
+        page_layout(config, own, LayerShape(2, 64, 64, torch.bfloat16))
 
 
 TEXTS = ["default", "paper", "kivi-4", "kivi-2:key_bits=3,value_bits=3", "kivi-2:key_axis=token", "bf16"]

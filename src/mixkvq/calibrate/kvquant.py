@@ -12,7 +12,7 @@ from mixkvq.adapters.transformers.rope import rope_of
 from mixkvq.calibrate.capture import Tape, record
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.config import MixKVQConfig
-from mixkvq.layers.recipe import Recipe
+from mixkvq.layers.recipe import LayerShape, Recipe
 from mixkvq.policies import policy_class
 from mixkvq.quant.block import QuantizedKeys, QuantizedValues
 from mixkvq.quant.levels import Levels, count, fit_levels, new_histogram, steps
@@ -90,9 +90,7 @@ def count_layer(
         all_keys, gradients = rope.undo(all_keys[None], start)[0], rope.undo(gradients, start)
     keys, values = cut(all_keys), cut(tape.values[row])
     config = config.replace(key_rope="after")  # they are without it
-    recipe = Recipe.of(
-        config, policy_class(config.policy)(config), keys.shape[1], keys.shape[3], values.shape[3], tape.keys.dtype
-    )
+    recipe = Recipe.of(config, policy_class(config.policy)(config), LayerShape.of(tape.keys, tape.values))
     packed_keys, packed_values = recipe.quantize(keys, values, recipe.plan(keys, None), None)
     key_weight, value_weight = (cut(x.square().mean(0)) for x in (gradients, tape.value_gradients[:, row]))
     _count_blocks(histograms[0], keys, packed_keys, key_weight)

@@ -6,7 +6,7 @@ import torch
 
 from mixkvq.config import MixKVQConfig
 from mixkvq.kernels.decode import has_kernels, kernel_of_format
-from mixkvq.layers.recipe import page_layout, unread
+from mixkvq.layers.recipe import LayerShape, page_layout, unread
 from mixkvq.policies import Policy, policy_class
 from mixkvq.quant.block import DENSE_BITS
 from mixkvq.quant.rope import Rope
@@ -58,4 +58,4 @@ def _expected_layout(
     config: MixKVQConfig, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[PageLayout, Policy]:
     policy = policy_class(config.policy)(config)
-    return page_layout(config, policy, kv_heads, head_dim, head_dim, dtype, Rope()), policy
+    return page_layout(config, policy, LayerShape(kv_heads, head_dim, head_dim, dtype, Rope())), policy

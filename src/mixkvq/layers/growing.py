@@ -10,7 +10,7 @@ from torch import Tensor
 from mixkvq.config import MixKVQConfig
 from mixkvq.kernels.decode import MAX_STEP, decode_attention, torch_attention
 from mixkvq.kernels.reference import dequantize_pages
-from mixkvq.layers.recipe import MAX_QUANTIZED, Recipe
+from mixkvq.layers.recipe import MAX_QUANTIZED, LayerShape, Recipe
 from mixkvq.layers.step import Step
 from mixkvq.layers.surroundings import ordinary_tensors
 from mixkvq.policies import Policy
@@ -37,9 +37,8 @@ class LayerCache:
     def __init__(self, config: MixKVQConfig, policy: Policy, like: Step, rope: Rope | None = None) -> None:
         self.config = config
         self.policy = policy
-        batch, kv_heads, _, key_dim = like.keys.shape
-        self.recipe = Recipe.of(config, policy, kv_heads, key_dim, like.values.shape[3], like.keys.dtype, rope)
-        device = like.keys.device
+        self.recipe = Recipe.of(config, policy, LayerShape.of(like.keys, like.values, rope))
+        batch, device = like.keys.shape[0], like.keys.device
         self.recipe.warn_of_torch(device)
         recent = RecentTokens(policy.recent, config.recent_of)
         self.store = PagedStore(self.recipe.layout, batch, config.sinks, device, recent)

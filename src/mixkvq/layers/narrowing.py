@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixkvq.config import MixKVQConfig
 from mixkvq.layers.growing import LayerCache
-from mixkvq.layers.recipe import MAX_QUANTIZED, Recipe
+from mixkvq.layers.recipe import MAX_QUANTIZED, LayerShape, Recipe
 from mixkvq.layers.step import Step
 from mixkvq.layers.surroundings import ordinary_tensors
 from mixkvq.policies import Policy
@@ -33,11 +33,11 @@ class NarrowingCache(LayerCache):
 
     @ordinary_tensors
     def __init__(self, config: MixKVQConfig, policy: Policy, like: Step) -> None:
-        shape = like.keys.shape[1], like.keys.shape[3], like.values.shape[3], like.keys.dtype
+        shape = LayerShape.of(like.keys, like.values)
         stages = {}
         for width in WIDTHS[: WIDTHS.index(config.key_bits) + 1]:
             own = config.replace(key_bits=width, value_bits=width)
-            stages[width] = Recipe.of(own, type(policy)(own), *shape)
+            stages[width] = Recipe.of(own, type(policy)(own), shape)
         first = stages[DENSE_BITS]
         super().__init__(first.config, first.policy, like)
         assert config.plan_tokens is not None

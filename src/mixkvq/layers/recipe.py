@@ -31,39 +31,53 @@ from mixkvq.store import PageLayout
 MAX_QUANTIZED = 1 << 23
 
 
-def page_layout(
-    config: MixKVQConfig,
-    policy: Policy,
-    kv_heads: int,
-    key_dim: int,
-    value_dim: int,
-    dtype: torch.dtype,
-    rope: Rope | None = None,
-) -> PageLayout:
-    """The page format that a configuration leads to in a layer of the given shape and RoPE.
+@dataclass(frozen=True)
+class LayerShape:
+    """What a model says of a layer's keys and values.
+
+    Attributes:
+        kv_heads, key_dim, value_dim: of a token.
+        dtype: the model's type.
+        rope: of the keys; None where it is not known, and not needed.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    rope: Rope | None = None
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, rope: Rope | None = None) -> LayerShape:
+        """That of a layer with such ``keys, values [B, Hkv, L, D]``."""
+        return cls(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, rope)
+
+
+def page_layout(config: MixKVQConfig, policy: Policy, shape: LayerShape) -> PageLayout:
+    """The page format that a configuration leads to in a layer.
 
     Raises:
-        ConfigError: keys are quantized before RoPE, and no ``rope`` says what that is.
+        ConfigError: keys are quantized before RoPE, and the shape does not say what that is.
     """
     before = config.key_rope == "before" and config.key_bits != DENSE_BITS
-    if before and rope is None:
+    if before and shape.rope is None:
         raise ConfigError("key_rope='before' needs the layer's RoPE, which is not known here: set key_rope to 'after'.")
     return PageLayout(
-        kv_heads=kv_heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
+        kv_heads=shape.kv_heads,
+        key_dim=shape.key_dim,
+        value_dim=shape.value_dim,
         tokens=config.residual_length,
         key_bits=config.key_bits,
-        key_group=config.key_scales(key_dim),
+        key_group=config.key_scales(shape.key_dim),
         value_bits=config.value_bits,
-        value_groups=config.value_groups(value_dim),
+        value_groups=config.value_groups(shape.value_dim),
         promoted_bits=policy.promoted_bits,
         param_dtype=config.param_dtype,
-        dense_dtype=dtype,
+        dense_dtype=shape.dtype,
         value_symmetric=config.value_symmetric,
         key_axis=config.key_axis,
         key_rotated=config.key_rotation == "hadamard" and config.key_bits != DENSE_BITS,
-        key_rope=rope if before else None,
+        key_rope=shape.rope if before else None,
         key_levels=config.key_levels,
         value_levels=config.value_levels,
         outliers=config.outliers,
@@ -79,24 +93,15 @@ class Recipe:
     layout: PageLayout
 
     @classmethod
-    def of(
-        cls,
-        config: MixKVQConfig,
-        policy: Policy,
-        kv_heads: int,
-        key_dim: int,
-        value_dim: int,
-        dtype: torch.dtype,
-        rope: Rope | None = None,
-    ) -> Recipe:
-        """The recipe for layers of the given shape, in a model of the given type; see :func:`page_layout`."""
+    def of(cls, config: MixKVQConfig, policy: Policy, shape: LayerShape) -> Recipe:
+        """The recipe for layers of the given shape; see :func:`page_layout`."""
         if config.layers:
             raise ConfigError("This takes the settings of one layer, and the configuration has settings by layer.")
         if policy.evicts:
             raise ConfigError(
                 f"The {policy.name} policy evicts tokens, and pages keep all: use MixKVQCache, or another policy."
             )
-        return cls(config, policy, page_layout(config, policy, kv_heads, key_dim, value_dim, dtype, rope))
+        return cls(config, policy, page_layout(config, policy, shape))
 
     @property
     def rotated(self) -> bool:

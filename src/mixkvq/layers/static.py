@@ -9,7 +9,7 @@ from torch import Tensor
 from mixkvq.config import MixKVQConfig
 from mixkvq.kernels.decode import decode_attention, torch_attention
 from mixkvq.layers.flush import flush_step, pack, rehearse
-from mixkvq.layers.recipe import Recipe
+from mixkvq.layers.recipe import LayerShape, Recipe
 from mixkvq.layers.step import Step
 from mixkvq.layers.surroundings import ordinary_tensors
 from mixkvq.layers.turns import Turns
@@ -85,13 +85,12 @@ class ModelCache:
             Whether tensors were allocated; those of an earlier start are used again if they fit.
         """
         self._turns.check(0)
-        batch, kv_heads, _, key_dim = keys.shape
-        recipe = Recipe.of(self.config, self.policy, kv_heads, key_dim, values.shape[3], keys.dtype, self.rope)
+        recipe = Recipe.of(self.config, self.policy, LayerShape.of(keys, values, self.rope))
         recipe.check_kernels(keys.device)
         shape = StaticShape(
             layout=recipe.layout,
             layers=self.layers,
-            batch=batch,
+            batch=keys.shape[0],
             sinks=self.config.sinks,
             rotated=recipe.rotated,
             chunks_per_page=recipe.chunks_per_page,
