@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import typing
 from collections.abc import Iterable
@@ -142,11 +141,11 @@ def _check_owners(config: MixKVQConfig, policy: type[Policy]) -> None:
     from mixkvq.policies import POLICIES
 
     owned = frozenset[str]().union(*(other.fields for other in POLICIES.values()))
-    for field in dataclasses.fields(config):
-        if field.name in owned - policy.fields and getattr(config, field.name) != field.default:
-            owners = join(name for name, other in sorted(POLICIES.items()) if field.name in other.fields)
+    for field in config.changed:
+        if field in owned - policy.fields:
+            owners = join(name for name, other in sorted(POLICIES.items()) if field in other.fields)
             raise ConfigError(
-                f"The {config.policy} policy has no {field.name}, which is for {owners}: leave it out, or use a preset "
+                f"The {config.policy} policy has no {field}, which is for {owners}: leave it out, or use a preset "
                 "with another policy (`mixkvq caches`)."
             )
 

@@ -234,6 +234,11 @@ class MixKVQConfig:
         return cls(**raw)
 
     @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the fields that are unlike their defaults."""
+        return tuple(field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default)
+
+    @property
     def param_dtype(self) -> torch.dtype:
         """:attr:`scale_dtype` as a torch type."""
         return SCALE_DTYPES[self.scale_dtype]

@@ -229,6 +229,7 @@ def test_thresholds_searched_on_right_answers(reckoner: Path, solvable: Path, tm
         (("kvtuner", "OUT", "--tries", 1, "--bits", 4), "None of 1 points that were tried takes at most 4 bits"),
         (("thresholds", "OUT", "--bits", 2), "Choose bits between 2.14 and"),
         (("thresholds", "OUT", "--bits", 2.3, "--tries", 0), "--tries 0: try at least one"),
+        (("thresholds", "OUT", "--windows", 0), "0 windows of 300 tokens: both are at least 1"),
         (("thresholds", "--trials", "trials"), "--trials is for a search, which writes a file"),
         (("thresholds", "OUT", "--data-dir", "."), "say how many to score the search on with --problems"),
         (("thresholds", "OUT", "--problems", 1, "--data-dir", "EMPTY"), "There is no gsm8k_train.jsonl in"),

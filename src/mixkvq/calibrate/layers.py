@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +28,7 @@ def with_layers(base: MixKVQConfig, fields: Mapping[int, Mapping[str, Any]], mod
 def with_policy(base: MixKVQConfig, policy: type[Policy]) -> dict[str, Any]:
     """Fields that give a layer of ``base`` another policy: its own, and none of those of the policy of ``base``."""
     foreign = policy_class(base.policy).fields - policy.fields
-    given = (field for field in dataclasses.fields(base) if field.name in foreign)
-    dropped = {field.name: field.default for field in given if getattr(base, field.name) != field.default}
-    return {"policy": policy.name, **dropped}
+    return {
+        "policy": policy.name,
+        **{field: getattr(MixKVQConfig, field) for field in base.changed if field in foreign},
+    }

@@ -129,6 +129,12 @@ def load_model(
         return load(name, dtype=dtype, device=device)
 
 
+def check_reasoner(count: int, use: str) -> None:
+    """Complain about fewer chains than none; ``use`` is what is done with them."""
+    if count < 0:
+        raise InputError(f"--reasoner {count}: {use} the chains of at least one problem, or of none.")
+
+
 def reasoner_adapter(given: Path | None, model: str | None) -> Path | None:
     """The adapter to merge: the one given, the recipe's for the default model, none for another model."""
     if given is None and model is not None:

@@ -22,6 +22,7 @@ from mixkvq.cli.common import (
     ReasonerOption,
     TextOption,
     WindowsOption,
+    check_reasoner,
     check_writable,
     clean_exit,
     inputs,
@@ -77,8 +78,7 @@ def fidelity(
     with clean_exit():
         check_writable(json_file)
         configs = parse_caches(cache or ([] if suite else CACHES))
-        if reasoner < 0:
-            raise InputError(f"--reasoner {reasoner}: score the chains of at least one problem, or of none.")
+        check_reasoner(reasoner, "score")
         merged = reasoner_adapter(adapter, model) if reasoner else None
         if window < 2 * measure.WARM_UP or count < 1:
             raise InputError(

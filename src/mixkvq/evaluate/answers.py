@@ -101,9 +101,8 @@ class Answer:
 
 def config_fields(config: MixKVQConfig) -> dict[str, Any]:
     """The fields that are not as :class:`MixKVQConfig` has them: what a preset's name stands for."""
-    fields = (field for field in dataclasses.fields(config) if getattr(config, field.name) != field.default)
     given = config.as_dict()
-    return {field.name: given[field.name] for field in fields}
+    return {field: given[field] for field in config.changed}
 
 
 def _is_cut(rest: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 
 import torch
@@ -56,9 +55,8 @@ class EvictingPolicy(KIVI):
                 f"({DENSE_BITS}) in the model's type: key_bits={config.key_bits}, value_bits={config.value_bits} were "
                 "given."
             )
-        defaults = {field.name: field.default for field in dataclasses.fields(config)}
         for field in UNSERVED:
-            if getattr(config, field) != defaults[field]:
+            if field in config.changed:
                 raise ConfigError(f"The {cls.name} policy has no {field}: leave it out.")
         least = config.sinks + max(cls(config).protected, 1)
         if config.keep < least:

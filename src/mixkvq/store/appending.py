@@ -146,12 +146,13 @@ class AppendPlan:
         positions = torch.cat(blocks) if blocks else torch.empty(0, tokens, dtype=torch.long)
         whole = bool((positions[:, -1] - positions[:, 0] == tokens - 1).all() and (positions >= slots).all())
         rows, slot, token = torch.cat(dense, 1).to(device)
+        places = torch.tensor(columns, dtype=torch.long, device=device)
         return cls(
             lengths=after,
             pages=range(next_page, next_page + len(columns)),
             numbers=torch.arange(next_page, next_page + len(columns), dtype=torch.int32, device=device),
-            columns=torch.tensor(columns, dtype=torch.long, device=device),
-            first=torch.tensor([sinks + tokens * at for at in columns], dtype=torch.long, device=device),
+            columns=places,
+            first=sinks + tokens * places,
             sequences=torch.tensor(sequences, dtype=torch.long, device=device),
             positions=positions.to(device),
             whole=whole,

@@ -91,10 +91,15 @@ class PagedStore:
             real: ``[B, L]`` bool, False at padding, which is not stored. None if all are real.
         """
         if keys.shape[2] == 1 and real is None:
-            yield from self._append_one(keys, values)
+            parts = self._append_one(keys, values)
         else:
-            yield from FullBlocks.joined(self._append_rows(keys, values, real))
-        self.slots.shrink(self._most_filled())
+            parts = FullBlocks.joined(self._append_rows(keys, values, real))
+        packed = False
+        for blocks in parts:
+            yield blocks
+            packed = True
+        if packed:
+            self.slots.shrink(self._most_filled())
 
     def _append_rows(self, keys: Tensor, values: Tensor, real: Tensor | None) -> Iterator[FullBlocks]:
         for row in range(self.batch):

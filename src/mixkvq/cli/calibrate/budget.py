@@ -43,6 +43,7 @@ from mixkvq.cli.common import (
     ReasonerOption,
     TextOption,
     WindowsOption,
+    check_reasoner,
     check_writable,
     clean_exit,
     inputs,
@@ -112,10 +113,7 @@ def budget(
             raise CalibrationError("Give one of --bits, --kl and --lost.")
         if (lost is None) != (problems is None):
             raise CalibrationError("--lost and --problems go together: so many points, of so many problems.")
-        if reasoner < 0:
-            raise CalibrationError(
-                f"--reasoner {reasoner}: calibrate on the chains of at least one problem, or of none."
-            )
+        check_reasoner(reasoner, "calibrate on")
         scored = exam(problems, data_dir, batch, max_new_tokens)
         check_window(window)
         merged = reasoner_adapter(adapter, model) if reasoner else None

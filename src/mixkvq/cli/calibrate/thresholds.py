@@ -103,10 +103,11 @@ def thresholds(
         if out is None:
             _refuse(trials=trials, plot=plot, problems=problems, data_dir=data_dir)
             network, tokenizer = load_model(model, parse_dtype(dtype), device)
-            ranked = _saliences(network, windows(tokenizer, text or [None], window, count or QUANTILE_WINDOWS))
+            count = QUANTILE_WINDOWS if count is None else count
+            ranked = _saliences(network, windows(tokenizer, text or [None], window, count))
             _print_quantiles(at_shares(ranked, **start), model or DEFAULT_MODEL, json_file)
             return
-        count = count or SEARCH_WINDOWS
+        count = SEARCH_WINDOWS if count is None else count
         check_writable(out)
         check_plot(plot)
         check_window(window)

@@ -26,7 +26,7 @@ __device__ __forceinline__ u32 codes_of(const u32 (&planes)[(BITS + 1) / 2], int
 #pragma unroll
     for (int i = 0; i < (BITS + 1) / 2; ++i) {
         const int below = max(BITS - 2 * (i + 1), 0);
-        codes |= plane_part(planes[i], position, min(BITS - 2 * i, 2), below, shift);
+        codes |= plane_part(planes[i], position, plane_bits(BITS, i), below, shift);
     }
     return codes;
 }

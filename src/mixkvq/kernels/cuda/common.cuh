@@ -17,6 +17,7 @@ constexpr int PLANES_PER_GROUP = 8 / KEY_GROUPS;
 constexpr int KEY_PLANES = (KEY_BITS + 1) / 2;
 constexpr int VALUE_PLANES = (VALUE_BITS + 1) / 2;
 constexpr int PLANE_BYTES = HEAD_DIM * 32;  // of one head, with 2 bits of every code
+__device__ __forceinline__ constexpr int plane_bits(int bits, int plane) { return bits - 2 * plane == 1 ? 1 : 2; }
 constexpr int KEY_PARAM_BYTES = KEY_GROUPS * HEAD_DIM * 2;
 constexpr int VALUE_PARAM_BYTES = VALUE_GROUPS * TOKENS * 2;
 constexpr int STAGED_BYTES = LANES4 ? CHUNK4_BYTES : 16;

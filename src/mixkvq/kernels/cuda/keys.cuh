@@ -109,7 +109,7 @@ struct KeyWords {
         const u32 offsets[] = {KEY_PLANE_0, KEY_PLANE_1, KEY_PLANE_2, KEY_PLANE_3};
 #pragma unroll
         for (int plane = 0; plane < KEY_PLANES; ++plane) {
-            const bool single = 2 * plane + 1 == KEY_BITS;
+            const bool single = plane_bits(KEY_BITS, plane) == 1;
             const int quad = single ? t.quad & 3 : t.quad;
             const u8* at = page + offsets[plane] + head * PLANE_BYTES / (single ? 2 : 1) + 4 * quad * HEAD_DIM + 16 * t.tig;
 #pragma unroll

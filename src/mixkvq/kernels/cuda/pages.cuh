@@ -64,7 +64,7 @@ struct PageReader {
             const u32 offsets[] = {VALUE_PLANE_0, VALUE_PLANE_1, VALUE_PLANE_2, VALUE_PLANE_3};
 #pragma unroll
             for (int plane = 0; plane < VALUE_PLANES; ++plane) {
-                const int bytes = 2 * plane + 1 == VALUE_BITS ? PLANE_BYTES / 2 : PLANE_BYTES;
+                const int bytes = PLANE_BYTES / 2 * plane_bits(VALUE_BITS, plane);
                 copy_field(offsets[plane], bytes, memory.value_planes + plane * PLANE_BYTES, lane);
             }
         }

@@ -133,7 +133,7 @@ __device__ __forceinline__ void add_values(const WarpMemory& memory, const Threa
             u32 words[2][VALUE_PLANES];
 #pragma unroll
             for (int plane = 0; plane < VALUE_PLANES; ++plane) {
-                const bool single = 2 * plane + 1 == VALUE_BITS;
+                const bool single = plane_bits(VALUE_BITS, plane) == 1;
                 const int at = plane * PLANE_BYTES + (single ? channel * 16 + 8 * (t.tig & 1) : channel * 32 + 8 * t.tig);
                 const Words2 stored = *reinterpret_cast<const Words2*>(memory.value_planes + at);
                 words[0][plane] = single ? even_bits(stored.x, t.tig >= 2) : stored.x;
