@@ -1,5 +1,8 @@
 """Presets, overrides, and every contradiction that is refused."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from mixkvq import ConfigError, MixKVQConfig, all_presets
@@ -115,3 +118,30 @@ def test_replace_checks_again():
     assert config.sinks == 8
     with pytest.raises(ConfigError):
         config.replace(budget=9.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"policy": ["kivi"]}, "policy is a name; policy=['kivi'] was given"),
+        ({"key_clip": "yes"}, "key_clip is true or false; key_clip='yes' was given"),
+        ({"debug": 3}, "debug is true or false; debug=3 was given"),
+        ({"model": 5}, "model is a text or none; model=5 was given"),
+        ({"layers": 5}, "layers is a list of fields for each layer; layers=5 was given"),
+        ({"layers": {"a": 1}}, "layers is a list of fields for each layer"),
+        ({"layers": [5]}, "layers[0] is a mapping of fields; 5 was given"),
+        ({"layers": [{"policy": ["kivi"]}]}, "layers[0]: policy is a name"),
+    ],
+)
+def test_fields_of_the_wrong_type(fields: dict, message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        MixKVQConfig.from_dict({**MixKVQConfig.preset("default").as_dict(), **fields})
+
+
+def test_fields_that_layers_have_for_themselves_are_not_overridden(tmp_path: Path):
+    file = tmp_path / "mine.json"
+    file.write_text(MixKVQConfig.preset("default", layers=[{"budget": 3.2}, {}, {"value_bits": 4}]).to_json())
+    assert MixKVQConfig.parse(f"{file}:debug=true").debug
+    assert MixKVQConfig.parse(f"{file}:key_group=64").for_layer(2).key_group == 64
+    with pytest.raises(ConfigError, match=r"budget cannot be overridden in '.*mine.json', where 1 of 3 layers have"):
+        MixKVQConfig.parse(f"{file}:budget=3")

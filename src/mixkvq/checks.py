@@ -75,9 +75,15 @@ def _check_types(config: MixKVQConfig) -> None:
         value = getattr(config, field)
         _require(value is None or _is_real(value), f"{field} is a finite number or none", config, field)
     for field, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, field)
         if typing.get_origin(hint) is Literal:
             allowed = typing.get_args(hint)
-            _require(getattr(config, field) in allowed, f"{field} is one of {join(allowed)}", config, field)
+            _require(value in allowed, f"{field} is one of {join(allowed)}", config, field)
+        elif hint is bool:
+            _require(isinstance(value, bool), f"{field} is true or false", config, field)
+    _require(isinstance(config.policy, str), "policy is a name", config, "policy")
+    _require(config.model is None or isinstance(config.model, str), "model is a text or none", config, "model")
+    _require(isinstance(config.layers, (list, tuple)), "layers is a list of fields for each layer", config, "layers")
 
 
 def _check_sizes(config: MixKVQConfig) -> None:

@@ -198,8 +198,19 @@ class MixKVQConfig:
         if name.endswith(".json"):
             from mixkvq.calibrate.file import read_config
 
-            return read_config(Path(name)).replace(**overrides)
+            return read_config(Path(name))._overridden(name, overrides)
         return cls.preset(name, **overrides)
+
+    def _overridden(self, name: str, overrides: dict[str, Any]) -> MixKVQConfig:
+        """A copy with fields changed that no layer has for itself: there they would change nothing."""
+        for field in overrides:
+            own = sum(field in dict(fields) for fields in self.layers)
+            if own:
+                raise ConfigError(
+                    f"{field} cannot be overridden in '{name}', where {own} of {len(self.layers)} layers have their "
+                    "own: calibrate again for another goal, or start from a preset."
+                )
+        return self.replace(**overrides)
 
     def replace(self, **changes: Any) -> MixKVQConfig:
         """A copy with fields changed, checked again."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from mixkvq import MixKVQConfig
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.kvmix import gradient_norms
+from mixkvq.calibrate.trials import Trials
 from mixkvq.evaluate.fidelity import fidelity
 from mixkvq.policies.kvmix import allocate_layers
 from models import VOCABULARY, tiny_model
@@ -31,7 +32,7 @@ def test_thirty_two_layers_as_in_the_paper():
 
 def test_norms_are_those_of_the_loss():
     model, prompts = tiny_model("llama"), torch.randint(3, VOCABULARY, (3, 40))
-    keys, values = gradient_norms(model, prompts)
+    keys, values = gradient_norms(model, prompts, Trials(None, {}))
     wanted = 0.0
     for prompt in prompts:
         loss = F.cross_entropy(model(prompt[None], use_cache=False).logits[0, :-1], prompt[1:])
@@ -54,12 +55,12 @@ def test_models_without_such_projections_are_refused():
     prompts = torch.randint(3, VOCABULARY, (1, 20))
     for name in ("phi3", "gpt-neox"):
         with pytest.raises(CalibrationError, match=r"layer 0 of this .* model has no such linear layers"):
-            gradient_norms(tiny_model(name), prompts)
+            gradient_norms(tiny_model(name), prompts, Trials(None, {}))
     model = tiny_model("qwen2")
     weight = model.model.layers[0].self_attn.k_proj.weight
     weight.requires_grad_(False)
     try:
         with pytest.raises(CalibrationError, match="needs gradients of the weights"):
-            gradient_norms(model, prompts)
+            gradient_norms(model, prompts, Trials(None, {}))
     finally:
         weight.requires_grad_(True)

@@ -6,8 +6,9 @@ import torch
 from mixkvq import MixKVQConfig
 from mixkvq.calibrate.capture import record
 from mixkvq.calibrate.errors import CalibrationError
-from mixkvq.calibrate.layers import with_layers
-from mixkvq.calibrate.pm_kvq import FIRST, last_widths, sensitivities, stretched
+from mixkvq.calibrate.layers import packed_memory, with_layers
+from mixkvq.calibrate.pm_kvq import FIRST, at_width, last_widths, sensitivities, stretched
+from mixkvq.calibrate.trials import Trials
 from mixkvq.evaluate.fidelity import appends, fidelity
 from mixkvq.quant.block import quantize_keys, quantize_values
 from models import VOCABULARY, tiny_model
@@ -39,7 +40,8 @@ def test_stretched_positions():
 
 def test_sensitivities_are_the_sum_of_the_papers():
     model, texts = tiny_model("llama"), torch.randint(3, VOCABULARY, (1, 385))
-    found, bits = sensitivities(model, BASE, texts, (4, 2), stretch=1)
+    found = sensitivities(model, BASE, texts, (4, 2), Trials(None, {}), stretch=1)
+    bits = [packed_memory(model, at_width(BASE, width), texts[0]).bits for width in (4, 2)]
     assert bits == [4 + (32 / 32 + 32 / 16) / 2, 2 + (32 / 32 + 32 / 16) / 2]
     (tape,) = record(model, texts[0], FIRST, appends(385, BASE), None)
     keys, values = tape.keys[1:, :, 1:].unflatten(2, (12, 32)), tape.values[1:, :, 1:].unflatten(2, (12, 32))

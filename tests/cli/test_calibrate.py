@@ -69,7 +69,7 @@ def test_a_tolerance_instead_of_bits(chat: Path, tmp_path: Path):
         (("--exact", 7), "Layer 7 is none of those whose keys are quantized: 0, 1"),
         (("--problems", 1), "--lost and --problems go together"),
         (("--cache", "kivi-2"), "a cache with a budget of key channels"),
-        (("--window", 200), "take at least 256 tokens"),
+        (("--window", 200), "take windows of at least 256 tokens"),
         (("--window", 4000, "--text", "SHORT"), "has one window of 4000 tokens, and two are needed"),
     ],
 )
@@ -100,7 +100,7 @@ def test_an_interruption_says_what_is_left(chat: Path, tmp_path: Path, monkeypat
 
 def test_kvmix_writes_its_profile(chat: Path, tmp_path: Path):
     out = tmp_path / "kvmix.json"
-    result = run("calibrate", "kvmix", out, "--model", chat, "--window", 60, "--windows", 2)
+    result = run("calibrate", "kvmix", out, "--model", chat, "--window", 300, "--windows", 2)
     assert result.exit_code == 0, result.output
     found = Calibration.read(out)
     assert found.config.policy == "kvmix"
@@ -225,11 +225,14 @@ def test_thresholds_searched_on_right_answers(reckoner: Path, solvable: Path, tm
         (("kvtuner", "OUT", "--bits", 2.5), "2.5 bits are below the floor of 3.5"),
         (("kvtuner", "OUT", "--tries", 0), "--tries 0: try at least one"),
         (("kvtuner", "OUT", "--plot", "front.gif"), "a picture's name ends in .png or .svg"),
-        (("kvtuner", "OUT", "--window", 100), "take at least 256 tokens"),
+        (("kvtuner", "OUT", "--window", 100), "take windows of at least 256 tokens"),
         (("kvtuner", "OUT", "--tries", 1, "--bits", 4), "None of 1 points that were tried takes at most 4 bits"),
         (("thresholds", "OUT", "--bits", 2), "Choose bits between 2.14 and"),
         (("thresholds", "OUT", "--bits", 2.3, "--tries", 0), "--tries 0: try at least one"),
-        (("thresholds", "OUT", "--windows", 0), "0 windows of 300 tokens: both are at least 1"),
+        (
+            ("thresholds", "OUT", "--windows", 0),
+            "--windows 0: take windows of at least 256 tokens (the first 128 are not scored), and at least one",
+        ),
         (("thresholds", "--trials", "trials"), "--trials is for a search, which writes a file"),
         (("thresholds", "OUT", "--data-dir", "."), "say how many to score the search on with --problems"),
         (("thresholds", "OUT", "--problems", 1, "--data-dir", "EMPTY"), "There is no gsm8k_train.jsonl in"),
@@ -269,3 +272,132 @@ def test_an_interrupted_search_says_what_is_left(
     result = run(*words)
     assert result.exit_code == 130
     assert "what was measured is in" in said(result)
+
+
+BUDGET = ("calibrate", "budget")
+SEARCHES = {
+    "budget": ("--bits", 4),
+    "kvtuner": ("--bits", 5, "--tries", 8),
+    "thresholds": ("--bits", 3.2, "--tries", 3),
+}
+
+
+@pytest.mark.parametrize("command", [*SEARCHES, "kvmix", "pm-kvq"])
+def test_trials_on_another_text_of_the_same_name_are_refused(chat: Path, tmp_path: Path, command: str):
+    out = tmp_path / "found.json"
+    for folder, words in (("a", "one two three "), ("b", "three two one ")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(words * 1000)
+    shape = ("--model", chat, *TINY, *SEARCHES.get(command, ()), "--trials", tmp_path / "trials")
+    first = run("calibrate", command, out, *shape, "--text", tmp_path / "a" / "text.txt")
+    assert first.exit_code == 0, first.output
+    second = run("calibrate", command, out, *shape, "--text", tmp_path / "b" / "text.txt")
+    assert second.exit_code == 2
+    assert "holds trials of other settings (tokens)" in said(second)
+
+
+def test_trials_on_other_weights_or_problems_are_refused(reckoner: Path, solvable: Path, tmp_path: Path):
+    words = (*BUDGET, tmp_path / "found.json", *TINY, "--lost", 100, "--max-new-tokens", 8, "--trials", tmp_path / "t")
+    scored = ("--problems", 12, "--data-dir", solvable)
+    assert run(*words, *scored, "--model", reckoner).exit_code == 0
+    model = copy.deepcopy(tiny_model("llama"))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight *= 1.1
+    other = tmp_path / reckoner.name
+    for part in (model, chat_tokenizer()):
+        part.save_pretrained(other)
+    refused = run(*words, *scored, "--model", other)
+    assert "holds trials of other settings (model, weights)" in said(refused)
+    rows = [json.loads(line) for line in (solvable / "gsm8k_train.jsonl").read_text().splitlines()]
+    folder = tmp_path / solvable.name
+    folder.mkdir()
+    write_problems(folder, rows[::-1])
+    refused = run(*words, "--problems", 12, "--data-dir", folder, "--model", reckoner)
+    assert "holds trials of other settings (questions)" in said(refused)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("found",), "a calibration's name ends in .json"),
+        (("none/found.json",), "there is no folder"),
+        (("text.json", "--text", "text.json"), "is the text to read, and would be written over"),
+        (("found.json", "--text", "text.json", "--trials", "text.json"), "is the text to read, and would be written"),
+        (("found.json", "--trials", "found.json"), "give another file than the calibration"),
+        (("found.json", "--trials", "none/trials"), "there is no folder"),
+        (("found.json", "--kl", "nan"), "--kl nan: a cache of fewer bits has a KL above 0"),
+        (("found.json", "--kl", -1), "--kl -1: a cache of fewer bits has a KL above 0"),
+        (("found.json", "--lost", -1, "--problems", 1), "--lost -1: lose no points, or some"),
+        (("found.json", "--bits", "nan"), "nan bits are below the floor of"),
+        (("found.json", "--bits", 1), "1 bits are below the floor of"),
+        (("found.json", "--exact", 9), "Layer 9 is none of those"),
+        (("found.json", "--seed", -1), "Invalid value for '--seed'"),
+        (("found.json", "--batch", 0), "Invalid value for '--batch'"),
+        (("found.json", "--windows", 0), "take windows of at least 256 tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_measured(
+    chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple, message: str
+):
+    monkeypatch.chdir(tmp_path)
+    Path("text.json").write_text("word " * 2000)
+    monkeypatch.setattr(sys.modules["mixkvq.cli.calibrate.budget"], "measure_menu", None)
+    result = run(*BUDGET, arguments[0], "--model", chat, *TINY, *arguments[1:])
+    assert result.exit_code == 2, result.output
+    assert message in said(result)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.json"]
+
+
+@pytest.mark.parametrize(
+    ("command", "package"), [("budget", "scipy.optimize"), ("kvtuner", "optuna"), ("pm-kvq", "scipy.optimize")]
+)
+def test_a_missing_package_is_noticed_before_the_model_is_loaded(
+    chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, package: str
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys.modules["mixkvq.cli.calibrate.common"], "load_model", None)
+    result = run("calibrate", command, tmp_path / "found.json", "--model", chat, *TINY)
+    assert result.exit_code == 2
+    assert f'takes the "calibrate" extra ({package} is missing)' in said(result)
+
+
+def test_fewer_windows_than_asked_for_are_said_and_recorded(chat: Path, tmp_path: Path):
+    out, text = tmp_path / "found.json", tmp_path / "text.txt"
+    text.write_text("word " * 1000)
+    shape = ("--model", chat, "--window", 300, "--text", text)
+    result = run("calibrate", "channels", out, *shape, "--windows", 50)
+    assert result.exit_code == 0, result.output
+    assert "of 300 tokens, of 100 that were asked for" in said(result)
+    assert 0 < Calibration.read(out).about["windows"] < 50
+    assert "of 50 that were asked for" in said(run("fidelity", *shape, "--windows", 50, "--cache", "kivi-4"))
+
+
+def test_more_bits_than_there_are(chat: Path, tmp_path: Path):
+    result = run(*BUDGET, tmp_path / "found.json", "--model", chat, *TINY, "--bits", 100)
+    assert result.exit_code == 0, result.output
+    assert "fewer than 100" in said(result)
+
+
+def test_a_calibration_that_is_worth_nothing_says_so(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = iter([{"kl": 0.1, "bits": 3.0, "perplexity": 9.0}, {"kl": 0.2, "bits": 3.1, "perplexity": 9.0}])
+    monkeypatch.setattr("mixkvq.calibrate.judge.Judge.__call__", lambda *_: next(rows))
+    result = run("calibrate", "channels", tmp_path / "found.json", "--model", chat, *TINY)
+    assert result.exit_code == 0, result.output
+    assert "what was found is no better than default on this text" in said(result)
+
+
+def test_calibrations_of_other_weights_are_warned_about(chat: Path, tmp_path: Path):
+    out, other = tmp_path / "found.json", tmp_path / "other"
+    assert run("calibrate", "channels", out, "--model", chat, *TINY).exit_code == 0
+    model = copy.deepcopy(tiny_model("llama"))
+    with torch.no_grad():
+        model.lm_head.weight *= 2
+    for part in (model, chat_tokenizer()):
+        part.save_pretrained(other)
+    for folder, warned in ((chat, False), (other, True)):
+        result = run("fidelity", "--model", folder, *TINY, "--cache", out)
+        assert result.exit_code == 0, result.output
+        assert ("calibrated on other weights of this shape" in said(result)) == warned
+        result = run("generate", "one two", "--model", folder, "--max-new-tokens", 2, "--cache", out)
+        assert result.exit_code == 0, result.output
+        assert ("calibrated on other weights of this shape" in said(result)) == warned

@@ -32,7 +32,7 @@ def test_levels_from_end_to_end(chat: Path, tmp_path: Path):
     used = run("fidelity", "--cache", out, *shape)
     assert used.exit_code == 0, used.output
     for option, message in {
-        ("--window", 200): "take at least 256 tokens, a block and more",
+        ("--window", 200): "take windows of at least 256 tokens",
         ("--cache", "bf16"): "key_levels is none, or for 16 bits",
     }.items():
         result = run("calibrate", "kvquant", out, *shape, *option)
@@ -60,8 +60,10 @@ def test_pm_kvqs_last_widths_and_a_smooth_model(chat: Path, tmp_path: Path):
         (("--widths", 4), r"--widths takes two or three of 8, 4, 2; got [4]"),
         (("--widths", 3, "--widths", 2), "got [3, 2]"),
         (("--bits", 2), "2 bits are below the floor of"),
-        (("--window", 200), "take at least 256 tokens"),
+        (("--window", 200), "take windows of at least 256 tokens"),
         (("--smooth", __file__), "give a folder to save the model in, not a file"),
+        (("--smooth", Path(__file__).parent), "this folder is not empty"),
+        (("--stretch", 0), "--stretch 0: positions advance by a factor above 0"),
         (("--tokens", 64), "plan_tokens is a whole number of tokens, at least residual_length (128)"),
     ],
 )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from mixkvq.calibrate.errors import MISSING, CalibrationError
+from mixkvq.calibrate.errors import CalibrationError, needed
+
+#: What solves it.
+SOLVER = "scipy.optimize"
 
 
 def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], budget: float) -> list[int]:
@@ -21,11 +24,7 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]],
     Raises:
         CalibrationError: even the smallest options take more.
     """
-    try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-    except ImportError:
-        raise CalibrationError(MISSING) from None
-
+    optimize = needed(SOLVER)
     floor = sum(min(part) for part in sizes)
     if floor > budget:
         raise CalibrationError(f"A budget of {budget:.6g} is below the floor: the smallest options take {floor:.6g}.")
@@ -34,11 +33,14 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]],
     owner = [part for part, options in enumerate(costs) for _ in options]
     one_each = [[float(other == part) for other in owner] for part in range(len(costs))]
     scale = max(*map(abs, cost), 1e-30)  # tolerances of the solver are absolute
-    found = milp(
+    found = optimize.milp(
         [each / scale for each in cost],
         integrality=[1] * len(cost),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint([size], ub=budget)],
+        bounds=optimize.Bounds(0, 1),
+        constraints=[
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint([size], ub=budget),
+        ],
         options={"mip_rel_gap": 1e-4},
     )
     if found.x is None:

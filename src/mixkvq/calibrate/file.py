@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mixkvq.config import ConfigError, MixKVQConfig
+from mixkvq.files import write_whole
 
 FORMAT = "mixkvq calibration 1"
 #: Calibrations that come with the package, by file name.
@@ -46,7 +47,7 @@ class Calibration:
             "about": self.about,
             "results": self.results,
         }
-        path.write_text(json.dumps(whole, indent=2) + "\n")
+        write_whole(path, json.dumps(whole, indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Calibration:
@@ -80,15 +81,35 @@ def read_config(path: Path) -> MixKVQConfig:
     Raises:
         ConfigError: there is no such file, or it is neither.
     """
-    if not path.exists() and (SHIPPED / path).exists() and path.name == str(path):
-        path = SHIPPED / path
-    raw = _load(path)
+    raw = _load(path := _found(path))
     return Calibration._of(raw, path).config if "format" in raw else MixKVQConfig.from_dict(raw)
 
 
 def shipped() -> list[str]:
     """Names of the calibrations that come with the package."""
     return sorted(path.name for path in SHIPPED.glob("*.json"))
+
+
+def calibrated_weights(name: str) -> str | None:
+    """The :func:`mixkvq.calibrate.fingerprint.of_weights` that a cache was calibrated on.
+
+    Args:
+        name: as :meth:`MixKVQConfig.parse` reads it.
+
+    Returns:
+        None for a preset, and for a file that does not say.
+    """
+    path = Path(name.partition(":")[0].strip())
+    if path.suffix != ".json":
+        return None
+    about = _load(_found(path)).get("about")
+    return about.get("weights") if isinstance(about, dict) else None
+
+
+def _found(path: Path) -> Path:
+    """Itself, or a calibration that comes with the package."""
+    packaged = SHIPPED / path
+    return packaged if not path.exists() and packaged.exists() and path.name == str(path) else path
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +13,18 @@ from transformers import PreTrainedModel
 from mixkvq.adapters.transformers import NAME
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.layers import quantized_layers
+from mixkvq.calibrate.trials import Trials
 from mixkvq.models import attention
 
 
 def gradient_norms(
-    model: PreTrainedModel, prompts: Tensor, advance: Callable[[], None] = lambda: None
+    model: PreTrainedModel, prompts: Tensor, trials: Trials, advance: Callable[[], None] = lambda: None
 ) -> tuple[dict[int, float], dict[int, float]]:
     """``||dLoss / dW_k||`` and ``||dLoss / dW_v||`` of every layer, mean over prompts.
 
     Args:
         prompts: ``[N, T]`` tokens; the loss is that of the next token, mean over a prompt.
+        trials: keep what was measured on each prompt.
         advance: called after each prompt.
 
     Returns:
@@ -33,13 +36,18 @@ def gradient_norms(
     layers = quantized_layers(model)
     projections = _projections(model, layers)
     weights = [projections[layer][part] for part in (0, 1) for layer in layers]
-    norms = torch.zeros(len(weights), dtype=torch.float64)
-    with attention(model, NAME), torch.enable_grad():
-        for prompt in prompts.to(model.device):
+
+    def measure(prompt: Tensor) -> dict[str, list[float]]:
+        with attention(model, NAME), torch.enable_grad():
             logits = model(prompt[None], use_cache=False).logits[0, :-1].float()
             gradients = torch.autograd.grad(F.cross_entropy(logits, prompt[1:]), weights)
-            norms += torch.stack([gradient.float().norm() for gradient in gradients]).cpu() / len(prompts)
-            advance()
+        return {"norms": [float(gradient.float().norm()) for gradient in gradients]}
+
+    norms = torch.zeros(len(weights), dtype=torch.float64)
+    for at, prompt in enumerate(prompts.to(model.device)):
+        kept = trials.once(f"prompt {at}", partial(measure, prompt))
+        norms += torch.tensor(kept["norms"], dtype=torch.float64) / len(prompts)
+        advance()
     keys, values = norms[: len(layers)].tolist(), norms[len(layers) :].tolist()
     return dict(zip(layers, keys, strict=True)), dict(zip(layers, values, strict=True))
 

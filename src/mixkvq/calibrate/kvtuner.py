@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from mixkvq.adapters.transformers import MixKVQCache
 from mixkvq.adapters.transformers.attention import attention_forward
 from mixkvq.adapters.transformers.layer import MixKVQLayer
-from mixkvq.calibrate.errors import MISSING, CalibrationError
+from mixkvq.calibrate.errors import CalibrationError, needed
 from mixkvq.calibrate.layers import quantized_layers
 from mixkvq.calibrate.observe import observed
 from mixkvq.config import MixKVQConfig
@@ -136,7 +136,7 @@ def check_floor(costs: Mapping[int, PairErrors], bits: float) -> None:
         CalibrationError: it is below their honest bits.
     """
     floor = min(mean_bits(costs))
-    if bits < floor - 1e-9:
+    if not bits >= floor - 1e-9:
         raise CalibrationError(
             f"{bits:.3g} bits are below the floor of {floor:.3g}: {PAIRS[-1][0]} bits for all keys and "
             f"{PAIRS[-1][1]} for all values take so many with their scales and zeros."
@@ -154,10 +154,7 @@ def cluster_layers(costs: Mapping[int, PairErrors], similar: float = SIMILAR) ->
     Raises:
         CalibrationError: SciPy is missing.
     """
-    try:
-        from scipy.cluster.hierarchy import fcluster, linkage
-    except ImportError:
-        raise CalibrationError(MISSING) from None
+    hierarchy = needed("scipy.cluster.hierarchy")
     by_pairs: dict[tuple[int, ...], list[int]] = {}
     for layer, cost in costs.items():
         by_pairs.setdefault(cost.pareto, []).append(layer)
@@ -167,8 +164,8 @@ def cluster_layers(costs: Mapping[int, PairErrors], similar: float = SIMILAR) ->
         if len(layers) > 1:
             tiny = torch.finfo(torch.float32).tiny
             logs = [[math.log(max(costs[layer].errors[i], tiny)) for i in pairs] for layer in layers]
-            tree = linkage(logs, "complete", metric="chebyshev")
-            numbers = fcluster(tree, math.log(similar), criterion="distance").tolist()
+            tree = hierarchy.linkage(logs, "complete", metric="chebyshev")
+            numbers = hierarchy.fcluster(tree, math.log(similar), criterion="distance").tolist()
         for number in sorted(set(numbers)):
             own = tuple(layer for layer, other in zip(layers, numbers, strict=True) if other == number)
             clusters.append(Cluster(own, pairs))

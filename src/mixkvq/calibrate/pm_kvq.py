@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,9 +17,9 @@ from mixkvq.calibrate.capture import record
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.layers import quantized_layers
 from mixkvq.calibrate.sensitivity import weighed_errors
+from mixkvq.calibrate.trials import Trials
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate.fidelity import appends
-from mixkvq.store import MemoryReport
 
 #: Gradients of the first tokens' losses are left out, as few tokens come before them.
 FIRST = 128
@@ -28,6 +32,8 @@ def stretched(model: PreTrainedModel, factor: float) -> Iterator[None]:
     Raises:
         CalibrationError: the model has no rotary embedding.
     """
+    if not (math.isfinite(factor) and factor > 0):
+        raise CalibrationError(f"--stretch {factor:g}: positions advance by a factor above 0.")
     names = {name: name.rpartition(".")[2] for name, _ in model.named_buffers()}
     # Layers of different kinds have frequencies of their own; the original ones are what these are reset to.
     frequencies = [
@@ -55,44 +61,73 @@ def stretched(model: PreTrainedModel, factor: float) -> Iterator[None]:
             each.copy_(old)
 
 
+def at_width(base: MixKVQConfig, width: int) -> MixKVQConfig:
+    """How codes are made in the end by layers that come to ``width`` bits."""
+    return base.replace(policy="kivi", plan_tokens=None, key_bits=width, value_bits=width)
+
+
 def sensitivities(
     model: PreTrainedModel,
     base: MixKVQConfig,
     texts: Tensor,
     widths: Sequence[int],
+    trials: Trials,
     *,
     stretch: float = 4,
     advance: Callable[[], None] = lambda: None,
-) -> tuple[dict[int, list[float]], list[float]]:
+) -> dict[int, list[float]]:
     """``sum |dLoss/dX * (Q_b(X) - X)|`` over keys and values ``X`` of each layer, mean over texts.
 
     Args:
         base: how codes are made; its widths are replaced.
         texts: ``[N, T]`` tokens; the loss is that of the next token.
         widths: the options, in bits.
+        trials: keep what was measured on each text.
         stretch: by how much positions advance with each token.
         advance: called after each text.
 
     Returns:
-        By layer, the sensitivity at each width; and the honest bits per element of each width.
+        By layer, the sensitivity at each width.
     """
-    found = {layer: [0.0] * len(widths) for layer in quantized_layers(model)}
-    bits = [0.0] * len(widths)
+    layers = quantized_layers(model)
     bounds = appends(texts.shape[1], base)
-    for tokens in texts.to(model.device):
+
+    def measure(tokens: Tensor) -> dict[str, Any]:
         with stretched(model, stretch):
             tapes = record(model, tokens, FIRST, bounds, None)
-        for at, width in enumerate(widths):
-            config = base.replace(policy="kivi", plan_tokens=None, key_bits=width, value_bits=width)
-            memory = MemoryReport()
+        found: dict[int, list[float]] = {layer: [] for layer in layers}
+        for width in widths:
             for tape in tapes:
-                costs = weighed_errors(tape, config, bounds, lambda products: products.abs().sum((1, 2, 3)).mean())
-                memory += costs.memory
+                costs = weighed_errors(
+                    tape, at_width(base, width), bounds, lambda products: products.abs().sum((1, 2, 3)).mean()
+                )
                 for row, layer in enumerate(tape.layers):
-                    found[layer][at] += float(costs.keys[row] + costs.values[row]) / len(texts)
-            bits[at] = memory.bits
+                    found[layer].append(float(costs.keys[row] + costs.values[row]))
+        return {"sensitivities": [found[layer] for layer in layers]}
+
+    total = torch.zeros(len(layers), len(widths), dtype=torch.float64)
+    for at, tokens in enumerate(texts.to(model.device)):
+        kept = trials.once(f"window {at}", partial(measure, tokens))
+        total += torch.tensor(kept["sensitivities"], dtype=torch.float64) / len(texts)
         advance()
-    return found, bits
+    return dict(zip(layers, total.tolist(), strict=True))
+
+
+def check_goal(mean: float, widths: Sequence[int], bits: Sequence[float]) -> None:
+    """Refuse a goal that not even the smallest width reaches.
+
+    Args:
+        mean: honest bits of a full cache.
+        bits: honest bits of each width.
+
+    Raises:
+        CalibrationError: it is below the floor, or no number.
+    """
+    floor = min(bits)
+    if not math.isfinite(mean) or mean < floor:
+        raise CalibrationError(
+            f"{mean:.3g} bits are below the floor of {floor:.3g}: {min(widths)}-bit codes with their scales and zeros."
+        )
 
 
 def last_widths(
@@ -103,10 +138,6 @@ def last_widths(
     Raises:
         CalibrationError: not even the smallest widths are within it.
     """
-    floor = min(bits)
-    if mean < floor:
-        raise CalibrationError(
-            f"{mean:.3g} bits are below the floor of {floor:.3g}: {min(widths)}-bit codes with their scales and zeros."
-        )
+    check_goal(mean, widths, bits)
     chosen = allocate(list(found.values()), [list(bits)] * len(found), mean * len(found) + 1e-9)
     return {layer: widths[at] for layer, at in zip(found, chosen, strict=True)}

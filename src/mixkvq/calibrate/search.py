@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mixkvq.calibrate.errors import MISSING, CalibrationError
+from mixkvq.calibrate.errors import CalibrationError, needed
 from mixkvq.evaluate.statistics import pareto_front
 
 if TYPE_CHECKING:
@@ -62,9 +62,8 @@ def search(
     Raises:
         CalibrationError: there is nothing to try, or Optuna is missing.
     """
-    if tries < 1:
-        raise CalibrationError(f"--tries {tries}: try at least one.")
-    optuna = _optuna()
+    check_tries(tries)
+    optuna = needed("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=sampler, directions=["minimize", "minimize"])
     for params in first:
@@ -79,13 +78,23 @@ def search(
     return points
 
 
+def check_tries(tries: int) -> None:
+    """Refuse a search of nothing.
+
+    Raises:
+        CalibrationError: there is nothing to try.
+    """
+    if tries < 1:
+        raise CalibrationError(f"--tries {tries}: try at least one.")
+
+
 def nsga2(seed: int, population: int) -> BaseSampler:
     """The genetic sampler NSGA-II, with generations of ``population``.
 
     Raises:
         CalibrationError: Optuna is missing.
     """
-    return _optuna().samplers.NSGAIISampler(seed=seed, population_size=population)
+    return needed("optuna").samplers.NSGAIISampler(seed=seed, population_size=population)
 
 
 def tpe(seed: int) -> BaseSampler:
@@ -94,15 +103,7 @@ def tpe(seed: int) -> BaseSampler:
     Raises:
         CalibrationError: Optuna is missing.
     """
-    return _optuna().samplers.TPESampler(seed=seed)
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise CalibrationError(MISSING) from None
-    return optuna
+    return needed("optuna").samplers.TPESampler(seed=seed)
 
 
 def front(points: Sequence[Point]) -> list[Point]:

@@ -13,7 +13,6 @@ from mixkvq.config import MixKVQConfig
 from mixkvq.kernels.reference import dequantize_pages
 from mixkvq.layers import LayerCache, Step
 from mixkvq.policies import policy_class
-from mixkvq.store import MemoryReport
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,10 @@ class LayerCosts:
 
     Attributes:
         keys, values: ``[layers]``.
-        memory: of all layers.
     """
 
     keys: Tensor
     values: Tensor
-    memory: MemoryReport
 
 
 #: What gradient times error of one layer, ``[samples, Hkv, T, D]``, comes to: a number.
@@ -73,4 +70,4 @@ def weighed_errors(tape: Tape, config: MixKVQConfig, bounds: Sequence[tuple[int,
         for at, (stored, exact, gradients) in enumerate(parts):
             where = slice(config.sinks, config.sinks + stored.shape[1])
             costs[at, row] = measure(gradients[:, :, where] * (stored - exact[:, where])).cpu()
-    return LayerCosts(costs[0], costs[1], cache.memory())
+    return LayerCosts(costs[0], costs[1])

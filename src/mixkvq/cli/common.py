@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,13 +27,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.adapters.transformers import UnsupportedModelError
+from mixkvq.calibrate.file import calibrated_weights
+from mixkvq.calibrate.fingerprint import of_weights
 from mixkvq.config import ConfigError, MixKVQConfig
 from mixkvq.evaluate.chains import ChatTemplateError
 from mixkvq.evaluate.errors import EvaluationError
-from mixkvq.evaluate.texts import BUILT_IN, TextError
+from mixkvq.evaluate.fidelity import WARM_UP
+from mixkvq.evaluate.texts import BUILT_IN, TextError, windows
+from mixkvq.files import write_whole
 from mixkvq.models import DEFAULT_MODEL, ModelError, check_adapter, load
 from mixkvq.store.books import CacheFullError
 
@@ -81,6 +87,7 @@ MENDABLE = (
     EvaluationError,
     InputError,
     ModelError,
+    OSError,  # a full disk, a folder that went away
     TextError,
     UnsupportedModelError,
 )
@@ -129,6 +136,26 @@ def load_model(
         return load(name, dtype=dtype, device=device)
 
 
+def warn_of_other_weights(model: PreTrainedModel, caches: Iterable[str]) -> None:
+    """Say which calibrations were made on other weights of a model's shape.
+
+    Args:
+        caches: names, as :func:`parse_caches` takes them.
+    """
+    calibrated = {name: calibrated_weights(name) for name in caches}
+    if not any(calibrated.values()):
+        return
+    own = of_weights(model)
+    strange = [name for name, weights in calibrated.items() if weights not in (None, own)]
+    if strange:
+        notes.print(
+            f"[bold yellow]Warning:[/] calibrated on other weights of this shape: {escape(', '.join(strange))}. "
+            "Bits may lie where this model does not need them; `mixkvq fidelity` measures what that costs.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 def check_reasoner(count: int, use: str) -> None:
     """Complain about fewer chains than none; ``use`` is what is done with them."""
     if count < 0:
@@ -148,6 +175,30 @@ def reasoner_adapter(given: Path | None, model: str | None) -> Path | None:
     folder = given or REASONER
     check_adapter(folder)
     return folder
+
+
+def check_windows(window: int, count: int, least: int = 2 * WARM_UP) -> None:
+    """Complain about windows of which too little is scored, or none."""
+    if window < least or count < 1:
+        raise InputError(
+            f"--window {window} --windows {count}: take windows of at least {least} tokens (the first {WARM_UP} are "
+            "not scored), and at least one."
+        )
+
+
+def read_windows(
+    tokenizer: PreTrainedTokenizerBase, text: Sequence[Path] | None, window: int, count: int
+) -> list[Tensor]:
+    """Windows ``[N, window]`` of each text, ``count`` or, with a note, as many as a shorter one has."""
+    found = []
+    for path in text or (None,):
+        found.append(windows(tokenizer, [path], window, count))
+        if len(found[-1]) < count:
+            have = f"{len(found[-1])} windows" if len(found[-1]) > 1 else "one window"
+            notes.print(
+                f"'{path or BUILT_IN}' has {have} of {window} tokens, of {count} that were asked for.", soft_wrap=True
+            )
+    return found
 
 
 def inputs(model: str | None, text: Sequence[Path] | None) -> dict[str, Any]:
@@ -174,14 +225,16 @@ def check_writable(path: Path | None) -> None:
         return
     if path.is_dir():
         raise InputError(f"Cannot write '{path}': it is a folder.")
-    if not path.resolve().parent.is_dir():
-        raise InputError(f"Cannot write '{path}': there is no folder '{path.resolve().parent}'.")
+    if not (folder := path.resolve().parent).is_dir():
+        raise InputError(f"Cannot write '{path}': there is no folder '{folder}'.")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"Cannot write '{path}': nothing may be written in '{folder}'.")
 
 
 def write_json(path: Path | None, rows: Any) -> None:
     """Write results, if a file was asked for."""
     if path is not None:
-        path.write_text(json.dumps(rows, indent=2) + "\n")
+        write_whole(path, json.dumps(rows, indent=2) + "\n")
         notes.print(f"Wrote {path}")
 
 

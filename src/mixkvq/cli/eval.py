@@ -30,6 +30,7 @@ from mixkvq.cli.common import (
     print_table,
     progress,
     reasoner_adapter,
+    warn_of_other_weights,
     write_json,
 )
 from mixkvq.config import MixKVQConfig
@@ -100,7 +101,7 @@ def benchmark(
     samples: Annotated[int, typer.Option(help="Answers to each problem; accuracy is their mean.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.6,
     top_p: Annotated[float, typer.Option(help="Sample from so much of the probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     batch: BatchOption = 32,
     adapter: Annotated[Path | None, typer.Option(help="A folder with a PEFT adapter for the model.")] = None,
     model: ModelOption = None,
@@ -170,6 +171,7 @@ def _evaluate(task: Task, options: Options, seed: int, json_file: Path | None) -
     model, tokenizer = load_model(options.model, parse_dtype(options.dtype), options.device)
     if options.adapter is not None:
         model = merge_adapter(model, options.adapter)
+    warn_of_other_weights(model, configs)
     settings = Settings(
         model=options.model or DEFAULT_MODEL,
         adapter=None if options.adapter is None else _fingerprint(options.adapter),

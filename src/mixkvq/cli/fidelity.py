@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from mixkvq.cli.common import (
     TextOption,
     WindowsOption,
     check_reasoner,
+    check_windows,
     check_writable,
     clean_exit,
     inputs,
@@ -31,7 +33,9 @@ from mixkvq.cli.common import (
     parse_caches,
     parse_dtype,
     progress,
+    read_windows,
     reasoner_adapter,
+    warn_of_other_weights,
     write_json,
 )
 from mixkvq.config import MixKVQConfig, all_presets
@@ -39,7 +43,6 @@ from mixkvq.evaluate import fidelity as measure
 from mixkvq.evaluate.chains import Chain, encode
 from mixkvq.evaluate.likelihood import chain_fidelity
 from mixkvq.evaluate.problems import problem_set
-from mixkvq.evaluate.texts import windows
 from mixkvq.models import context_length, merge_adapter
 from mixkvq.policies.mixkvq import PAPER_THRESHOLDS
 from mixkvq.report.tables import chain_table, fidelity_table
@@ -80,12 +83,10 @@ def fidelity(
         configs = parse_caches(cache or ([] if suite else CACHES))
         check_reasoner(reasoner, "score")
         merged = reasoner_adapter(adapter, model) if reasoner else None
-        if window < 2 * measure.WARM_UP or count < 1:
-            raise InputError(
-                f"--window {window} --windows {count}: take windows of at least {2 * measure.WARM_UP} tokens (the "
-                f"first {measure.WARM_UP} are not scored), and at least one."
-            )
+        check_windows(window, count)
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
+        if merged is None:
+            warn_of_other_weights(network, configs)
         limit = context_length(network)
         if limit is not None and window > limit:
             raise InputError(f"--window {window} is longer than the model's context of {limit} tokens.")
@@ -96,7 +97,7 @@ def fidelity(
         if suite:
             found = _suite(network, max(window, longest))
             configs |= {name: config for name, config in found.items() if name not in configs}
-        tokens = windows(tokenizer, text or [None], window, count)
+        tokens = torch.cat(read_windows(tokenizer, text, window, count))
         with progress() as bar:
             task = bar.add_task("reading", total=len(tokens) * (len(configs) + 1))
             rows = measure.fidelity(

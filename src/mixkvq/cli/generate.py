@@ -23,6 +23,7 @@ from mixkvq.cli.common import (
     output,
     parse_dtype,
     print_json,
+    warn_of_other_weights,
 )
 from mixkvq.config import MixKVQConfig
 from mixkvq.generation import Generation, generate_text
@@ -39,7 +40,7 @@ def generate(
     cache: Annotated[str, typer.Option(help=CacheHelp)] = "default",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not use the model's chat template.")] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Run BF16 beside it, and show where the texts part.")
@@ -63,6 +64,7 @@ def generate(
         if not question.strip():
             raise InputError("The prompt is empty.")
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
+        warn_of_other_weights(network, [cache])
         ids = _tokens(tokenizer, question, raw)
         limit = context_length(network)
         if limit is not None and ids.shape[1] >= limit:

@@ -25,6 +25,7 @@ from mixkvq.cli.common import (
     parse_dtype,
     print_table,
     progress,
+    warn_of_other_weights,
     write_json,
 )
 from mixkvq.config import MixKVQConfig
@@ -77,6 +78,7 @@ def retrieval(
         _check_plot(plot)
         configs = parse_caches(cache or CACHES)
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
+        warn_of_other_weights(network, configs)
         limit = context_length(network)
         if limit is not None and lengths[-1] > limit:
             raise InputError(f"--length {lengths[-1]} is longer than the model's context of {limit} tokens.")

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from mixkvq.calibrate.budget import (
-    Choice,
-    Menu,
-    Text,
-    check_base,
-    check_exact,
-    key_options,
-    measure_menu,
-    smallest,
-    value_options,
-)
-from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate import fingerprint
+from mixkvq.calibrate.allocation import SOLVER
+from mixkvq.calibrate.budget import Text, check_base, measure_menu
+from mixkvq.calibrate.errors import CalibrationError, needed
+from mixkvq.calibrate.examiner import Examiner
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.judge import Judge
-from mixkvq.calibrate.layers import quantized_layers
+from mixkvq.calibrate.layers import packed_memory
+from mixkvq.calibrate.menu import Choice, Menu, Sizes, smallest
 from mixkvq.calibrate.trials import Trials
 from mixkvq.cli.calibrate.common import (
     DtypeOption,
     OutArgument,
+    SeedOption,
+    Subject,
     TrialsOption,
-    check_window,
+    check_out,
+    compare,
     held_out,
     kept,
-    searched_and_judged,
+    load_subject,
     write,
 )
 from mixkvq.cli.calibrate.exam import BatchOption, DataDirOption, NewTokensOption, about_exam, exam
@@ -44,12 +43,10 @@ from mixkvq.cli.common import (
     TextOption,
     WindowsOption,
     check_reasoner,
-    check_writable,
+    check_windows,
     clean_exit,
-    inputs,
-    load_model,
+    notes,
     output,
-    parse_dtype,
     progress,
     reasoner_adapter,
 )
@@ -58,8 +55,6 @@ from mixkvq.evaluate import fidelity as measure
 from mixkvq.evaluate.chains import encode
 from mixkvq.evaluate.likelihood import pieces
 from mixkvq.evaluate.problems import problem_set
-from mixkvq.models import merge_adapter
-from mixkvq.report.tables import calibration_table
 
 #: Problems whose chains are calibrated on; others judge what was found.
 SPLIT = "calibration"
@@ -98,7 +93,7 @@ def budget(
             help="A layer whose keys get 8 bits, whatever is predicted; may be repeated.", show_default="none"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the labels whose gradients are taken.")] = 0,
+    seed: SeedOption = 0,
     trials: TrialsOption = None,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
@@ -106,96 +101,113 @@ def budget(
 ) -> None:
     """Which layers' keys and values earn more bits: settings by layer, better at the same size."""
     with clean_exit(), kept(trials):
-        check_writable(out)
+        check_out(out, trials, text)
+        needed(SOLVER)
         base = MixKVQConfig.parse(cache)
         check_base(base)
-        if sum(goal is not None for goal in (bits, kl, lost)) > 1:
-            raise CalibrationError("Give one of --bits, --kl and --lost.")
+        goal = Goal(bits, kl, lost)
         if (lost is None) != (problems is None):
             raise CalibrationError("--lost and --problems go together: so many points, of so many problems.")
         check_reasoner(reasoner, "calibrate on")
+        check_windows(window, count)
         scored = exam(problems, data_dir, batch, max_new_tokens)
-        check_window(window)
         merged = reasoner_adapter(adapter, model) if reasoner else None
+        subject = load_subject(model, dtype, device, text, window, count, adapter=merged)
+        sizes = Sizes.of(subject.model, base, subject.searched[0], exact or ())
+        goal.check(sizes)
+        texts = _texts(subject, base, reasoner)
         about = {
             "cache": cache,
             "config": base.as_dict(),
-            **inputs(model, text),
-            "adapter": None if merged is None else merged.name,
-            "dtype": dtype,
-            "window": window,
-            "windows": count,
+            **subject.about,
             "reasoner": reasoner,
+            "chains": fingerprint.of_tokens(text.tokens for text in texts[len(subject.searched) :]),
             "seed": seed,
-            **about_exam(problems, data_dir, batch, max_new_tokens),
-            "options": {"keys": key_options(base), "values": value_options()},
+            **about_exam(scored, data_dir),
+            "options": {"keys": sizes.key_options, "values": sizes.value_options},
         }
         journal = Trials(trials, about)
-        network, tokenizer = load_model(model, parse_dtype(dtype), device)
-        check_exact(exact or (), quantized_layers(network))  # before minutes of measuring
-        searched, judged = searched_and_judged(tokenizer, text, window, count)
-        if merged is not None:
-            network = merge_adapter(network, merged)
-        texts = _texts(searched, _chains(tokenizer, base, reasoner, len(searched)), base)
-        menu = dataclasses.replace(_measured(network, base, texts, journal, seed), exact=tuple(exact or ()))
-        judge = Judge(network, judged, journal, "held out")
-        plain = held_out(judge, "uniform", base)
-
-        def checked(it: Choice) -> dict[str, float]:
-            return held_out(judge, f"{it.bits:.3f} bits", it.config(base, network))
-
-        if kl is not None:
-            choice, _ = smallest(menu, kl, lambda it: checked(it)["kl"])
-        elif lost is not None and scored is not None:
-            right = scored.examiner(network, tokenizer, model, dtype, journal)
-            full = right(MixKVQConfig.preset("bf16"))
-            output.print(f"{full:.1%} of {problems} problems are right in full precision")
-            if not full:
-                raise CalibrationError(
-                    f"None of {problems} problems is answered right in full precision: there is nothing to lose. Ask "
-                    "more of them, allow longer answers (--max-new-tokens), or use --kl."
-                )
-            choice, _ = smallest(
-                menu, lost, lambda it: 100 * (full - right(it.config(base, network))), "the lost points"
-            )
+        menu = _measured(subject.model, base, texts, sizes, journal, seed)
+        judge = Judge(subject.model, subject.judged, journal, "held out")
+        if goal.kl is not None:
+            choice, _ = smallest(menu, goal.kl, lambda it: _checked(it, judge, base)["kl"])
+        elif goal.lost is not None and scored is not None:
+            examiner = scored.examiner(subject.model, subject.tokenizer, model, dtype, journal)
+            choice, _ = smallest(menu, goal.lost, _lost_points(examiner, base), "the lost points")
         else:
-            choice = menu.choose(plain["bits"] if bits is None else bits)
-        found = checked(choice)
-        results = {
-            "uniform": plain,
-            "found": found,
-            "predicted": choice.predicted,
-            "menu": dataclasses.asdict(menu),
-        }
-        output.print(calibration_table(cache, plain, found))
-        write(out, Calibration(choice.config(base, network), "budget", about, results))
+            spent = packed_memory(subject.model, base, subject.searched[0]).bits
+            choice = menu.choose(spent if goal.bits is None else goal.bits)
+        config = choice.config(base, subject.model)
+        compared = compare(cache, judge, base, config)
+        results = {**compared, "predicted": choice.predicted, "menu": dataclasses.asdict(menu)}
+        write(out, Calibration(config, "budget", about, results))
 
 
-def _texts(searched: Tensor, chains: list[Text], base: MixKVQConfig) -> list[Text]:
-    """Windows, and after them chains."""
-    bounds = measure.appends(searched.shape[1], base)
-    return [*(Text(f"window {i}", each, bounds, measure.WARM_UP) for i, each in enumerate(searched)), *chains]
+@dataclass(frozen=True)
+class Goal:
+    """What to spend, or how little to lose: at most one of these, and without any what the cache spends."""
+
+    bits: float | None
+    kl: float | None
+    lost: float | None
+
+    def __post_init__(self) -> None:
+        if sum(goal is not None for goal in (self.bits, self.kl, self.lost)) > 1:
+            raise CalibrationError("Give one of --bits, --kl and --lost.")
+        if self.kl is not None and not (math.isfinite(self.kl) and self.kl > 0):
+            raise CalibrationError(f"--kl {self.kl:g}: a cache of fewer bits has a KL above 0.")
+        if self.lost is not None and not (math.isfinite(self.lost) and self.lost >= 0):
+            raise CalibrationError(f"--lost {self.lost:g}: lose no points, or some.")
+
+    def check(self, sizes: Sizes) -> None:
+        """Complain about bits that the options do not come to, before anything is measured."""
+        if self.bits is None:
+            return
+        sizes.check(self.bits)
+        if self.bits > sizes.ceiling:
+            notes.print(f"Layers have at most {sizes.ceiling:.2f} bits, fewer than {self.bits:g}.", soft_wrap=True)
 
 
-def _measured(model: PreTrainedModel, base: MixKVQConfig, texts: list[Text], journal: Trials, seed: int) -> Menu:
+def _checked(choice: Choice, judge: Judge, base: MixKVQConfig) -> dict[str, float]:
+    return held_out(judge, f"{choice.bits:.3f} bits", choice.config(base, judge.model))
+
+
+def _lost_points(examiner: Examiner, base: MixKVQConfig) -> Callable[[Choice], float]:
+    """How many points of right answers a choice loses."""
+    full, count = examiner(MixKVQConfig.preset("bf16")), len(examiner.run.task.questions)
+    output.print(f"{full:.1%} of {count} problems are right in full precision")
+    if not full:
+        raise CalibrationError(
+            f"None of {count} problems is answered right in full precision: there is nothing to lose. Ask more of "
+            "them, allow longer answers (--max-new-tokens), or use --kl."
+        )
+    return lambda choice: 100 * (full - examiner(choice.config(base, examiner.run.model)))
+
+
+def _measured(
+    model: PreTrainedModel, base: MixKVQConfig, texts: list[Text], sizes: Sizes, journal: Trials, seed: int
+) -> Menu:
     """What every option costs, with a progress bar."""
     with progress() as bar:
-        task = bar.add_task("gradients", total=len(texts) * (1 + len(key_options(base))))
+        task = bar.add_task("gradients", total=len(texts) * (1 + len(sizes.key_options)))
         return measure_menu(
             model,
             base,
             texts,
+            sizes,
             journal,
             seed=seed,
             advance=lambda what: bar.update(task, advance=1, description=what),
         )
 
 
-def _chains(tokenizer: PreTrainedTokenizerBase, base: MixKVQConfig, count: int, windows: int) -> list[Text]:
-    """Right chains of so many problems, which together count as much as so many windows."""
-    weight = windows / max(count, 1)
-    chains = [encode(tokenizer, problem) for problem in problem_set(count, split=SPLIT)]
-    return [
+def _texts(subject: Subject, base: MixKVQConfig, count: int) -> list[Text]:
+    """Windows, and after them right chains of so many problems, which together count as much as the windows."""
+    bounds = measure.appends(subject.searched.shape[1], base)
+    windows = [Text(f"window {i}", each, bounds, measure.WARM_UP) for i, each in enumerate(subject.searched)]
+    chains = [encode(subject.tokenizer, problem) for problem in problem_set(count, split=SPLIT)]
+    weight = len(windows) / max(count, 1)
+    return windows + [
         Text(
             f"chain {i}", chain.tokens[:-1], pieces(chain.prompt, len(chain.tokens) - 1, base), chain.prompt - 1, weight
         )

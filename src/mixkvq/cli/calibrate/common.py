@@ -2,41 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.bench.environment import environment
-from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate import fingerprint
+from mixkvq.calibrate.errors import CalibrationError, needed
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.judge import Judge
-from mixkvq.cli.common import InputError, check_writable, notes, output, progress
+from mixkvq.cli.common import (
+    InputError,
+    check_writable,
+    inputs,
+    load_model,
+    notes,
+    output,
+    parse_dtype,
+    progress,
+    read_windows,
+)
 from mixkvq.config import MixKVQConfig
-from mixkvq.evaluate import fidelity as measure
-from mixkvq.evaluate.texts import windows
+from mixkvq.models import merge_adapter
 from mixkvq.report.fidelity import front_figure
 from mixkvq.report.figures import PlotError, check_format, new_figure, save
+from mixkvq.report.tables import calibration_table
 
 OutArgument = Annotated[Path, typer.Argument(help="The calibration to write, a JSON file for --cache.")]
 TrialsOption = Annotated[
     Path | None, typer.Option("--trials", help="Keep measurements here, and go on from those that are there.")
 ]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw the Pareto front into this file, .svg or .png.")]
+#: Of what is drawn at random: labels whose gradients are taken, proposals of a search. NumPy takes no larger one.
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of what is drawn at random.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="The model's type.")]
 
 
-def check_window(window: int) -> None:
-    """Complain about windows of which too little is scored."""
-    if window < 2 * measure.WARM_UP:
-        raise CalibrationError(
-            f"--window {window}: take at least {2 * measure.WARM_UP} tokens, of which the first {measure.WARM_UP} "
-            "are not scored."
-        )
+def check_out(out: Path, trials: Path | None = None, text: Sequence[Path] | None = None) -> None:
+    """Complain about a file that could not be written or used, before the work.
+
+    Args:
+        trials: a journal, if one is to be kept.
+        text: what is read, and not to be written over.
+    """
+    if out.suffix != ".json":
+        raise InputError(f"'{out}': a calibration's name ends in .json, by which --cache knows it from a preset.")
+    check_writable(out)
+    check_writable(trials)
+    if trials is not None:
+        needed("optuna")
+    if trials is not None and trials.resolve() == out.resolve():
+        raise InputError(f"--trials {trials}: give another file than the calibration.")
+    for path in text or ():
+        if path.resolve() in {out.resolve(), None if trials is None else trials.resolve()}:
+            raise InputError(f"'{path}' is the text to read, and would be written over.")
 
 
 def check_plot(path: Path | None) -> None:
@@ -70,23 +96,71 @@ def kept(trials: Path | None) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def searched_and_judged(
-    tokenizer: PreTrainedTokenizerBase, text: list[Path] | None, window: int, count: int
-) -> tuple[Tensor, Tensor]:
-    """``count`` windows ``[N, W]`` to calibrate on, and as many others, on which it is checked what was found.
+@dataclass(frozen=True)
+class Subject:
+    """A model, and what it is calibrated on.
 
-    In turns, so that both come from all parts of a text; fewer of a short one.
+    Attributes:
+        model, tokenizer: as loaded, an adapter merged.
+        searched: windows ``[N, W]`` to calibrate on.
+        judged: others ``[M, W]``, on which it is checked what was found.
+        about: all of this, for trials and files.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    searched: Tensor
+    judged: Tensor
+    about: dict[str, Any]
+
+
+def load_subject(
+    model: str | None,
+    dtype: str,
+    device: str | None,
+    text: list[Path] | None,
+    window: int,
+    count: int,
+    *,
+    in_turns: bool = True,
+    adapter: Path | None = None,
+) -> Subject:
+    """Load a model, and cut a text for it.
+
+    Args:
+        count: windows of each text to calibrate on, and as many to judge on; fewer of a short one.
+        in_turns: take every other window to judge on, so that both kinds come from all parts of a text; else the last
+            ones.
+        adapter: to merge into the weights.
 
     Raises:
         CalibrationError: there is one window alone.
     """
-    tokens = windows(tokenizer, text or [None], window, 2 * count)
-    if len(tokens) < 2:
+    network, tokenizer = load_model(model, parse_dtype(dtype), device)
+    texts = read_windows(tokenizer, text, window, 2 * count)
+    if max(map(len, texts)) < 2:
         raise CalibrationError(
-            f"The text has one window of {tokens.shape[1]} tokens, and two are needed: what is found on one is checked "
-            "on the other. Give a longer text, or a smaller --window."
+            f"The text has one window of {window} tokens, and two are needed: what is found on one is checked on the "
+            "other. Give a longer text, or a smaller --window."
         )
-    return tokens[::2], tokens[1::2]
+    halves = [_in_turns(each) if in_turns else each.tensor_split([(len(each) + 1) // 2]) for each in texts]
+    searched, judged = (torch.cat(part) for part in zip(*halves, strict=True))
+    if adapter is not None:
+        network = merge_adapter(network, adapter)
+    about = {
+        **inputs(model, text),
+        "adapter": None if adapter is None else adapter.name,
+        "dtype": dtype,
+        "window": window,
+        "windows": len(searched),
+        "weights": fingerprint.of_weights(network),
+        "tokens": fingerprint.of_tokens([searched, judged]),
+    }
+    return Subject(network, tokenizer, searched, judged, about)
+
+
+def _in_turns(windows: Tensor) -> tuple[Tensor, ...]:
+    return windows[::2], windows[1::2]
 
 
 def held_out(judge: Judge, name: str, config: MixKVQConfig) -> dict[str, float]:
@@ -94,6 +168,27 @@ def held_out(judge: Judge, name: str, config: MixKVQConfig) -> dict[str, float]:
     with progress() as bar:
         task = bar.add_task(f"checking {name}", total=2 * len(judge.windows))
         return judge(config, lambda: bar.advance(task))
+
+
+def compare(
+    cache: str, judge: Judge, base: MixKVQConfig, found: MixKVQConfig, plain: str = "uniform"
+) -> dict[str, dict[str, float]]:
+    """Print what a calibration is worth on windows that it was not made on, and return it for its file.
+
+    Args:
+        cache: the name of ``base``.
+        plain: what ``base`` is, in a word.
+    """
+    before, after = held_out(judge, plain, base), held_out(judge, "what was found", found)
+    output.print(calibration_table(cache, before, after))
+    if after["kl"] >= before["kl"] and after["bits"] >= before["bits"]:
+        notes.print(
+            f"[bold yellow]Warning:[/] what was found is no better than {cache} on this text: use that, or calibrate "
+            "on more windows of a text that is more like yours.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return {plain: before, "found": after}
 
 
 def write(out: Path, calibration: Calibration) -> None:

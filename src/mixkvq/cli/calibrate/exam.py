@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mixkvq.calibrate import fingerprint
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.examiner import Examiner
 from mixkvq.calibrate.trials import Trials
@@ -24,8 +25,8 @@ DataDirOption = Annotated[
     Path | None,
     typer.Option("--data-dir", help="A folder with gsm8k_train.jsonl.", show_default="the Hugging Face hub"),
 ]
-BatchOption = Annotated[int, typer.Option("--batch", help="Answers that are written together.")]
-NewTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", help="Tokens of an answer at most.")]
+BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Answers that are written together.")]
+NewTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")]
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,14 @@ def exam(problems: int | None, data_dir: Path | None, batch: int, max_new_tokens
     return Exam(Mathematics(PROBLEMS, folder=data_dir, count=problems), batch, max_new_tokens)
 
 
-def about_exam(problems: int | None, data_dir: Path | None, batch: int, max_new_tokens: int | None) -> dict[str, Any]:
-    """The same for a file."""
+def about_exam(scored: Exam | None, data_dir: Path | None) -> dict[str, Any]:
+    """The same for trials and files."""
+    if scored is None:
+        return {"problems": None}
     return {
-        "problems": problems,
+        "problems": len(scored.task.questions),
+        "questions": fingerprint.of_questions(scored.task),
         "data_dir": None if data_dir is None else data_dir.resolve().name,
-        "batch": None if problems is None else batch,
-        "max_new_tokens": max_new_tokens,
+        "batch": scored.batch,
+        "max_new_tokens": scored.max_new_tokens,
     }

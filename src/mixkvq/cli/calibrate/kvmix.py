@@ -7,23 +7,30 @@ from typing import Annotated
 import typer
 
 from mixkvq.calibrate.file import Calibration
+from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.kvmix import gradient_norms
 from mixkvq.calibrate.layers import with_layers
-from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, write
+from mixkvq.calibrate.trials import Trials
+from mixkvq.cli.calibrate.common import (
+    DtypeOption,
+    OutArgument,
+    TrialsOption,
+    check_out,
+    compare,
+    kept,
+    load_subject,
+    write,
+)
 from mixkvq.cli.common import (
     DeviceOption,
     ModelOption,
     TextOption,
-    check_writable,
+    check_windows,
     clean_exit,
-    inputs,
-    load_model,
     output,
-    parse_dtype,
     progress,
 )
 from mixkvq.config import MixKVQConfig
-from mixkvq.evaluate.texts import windows
 from mixkvq.policies.kvmix import allocate_layers
 
 
@@ -32,21 +39,25 @@ def kvmix(
     text: TextOption = None,
     window: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
     count: Annotated[int, typer.Option("--windows", help="Prompts of each text.")] = 24,
+    trials: TrialsOption = None,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
 ) -> None:
     """KVmix's profile: the layers with the largest gradients get 3-bit keys and 4-bit values, the others 2 bits."""
-    with clean_exit():
-        check_writable(out)
-        network, tokenizer = load_model(model, parse_dtype(dtype), device)
-        prompts = windows(tokenizer, text or [None], window, count)
+    with clean_exit(), kept(trials):
+        check_out(out, trials, text)
+        check_windows(window, count)
+        base = MixKVQConfig.preset("kvmix")
+        subject = load_subject(model, dtype, device, text, window, count, in_turns=False)
+        journal = Trials(trials, subject.about)
         with progress() as bar:
-            task = bar.add_task("gradients", total=len(prompts))
-            keys, values = gradient_norms(network, prompts, lambda: bar.advance(task))
+            task = bar.add_task("gradients", total=len(subject.searched))
+            keys, values = gradient_norms(subject.model, subject.searched, journal, lambda: bar.advance(task))
         fields = allocate_layers(keys, values)
-        config = with_layers(MixKVQConfig.preset("kvmix"), fields, network)
-        about = {**inputs(model, text), "window": window, "windows": count}
+        config = with_layers(base, fields, subject.model)
         for name, bits in (("keys of 3 bits", "key_bits"), ("values of 4 bits", "value_bits")):
             output.print(f"{name}: layers {', '.join(str(i) for i, own in fields.items() if bits in own)}")
-        write(out, Calibration(config, "kvmix", about, {"key_norms": keys, "value_norms": values}))
+        judge = Judge(subject.model, subject.judged, journal, "held out")
+        results = {"key_norms": keys, "value_norms": values, **compare("kvmix", judge, base, config)}
+        write(out, Calibration(config, "kvmix", subject.about, results))

@@ -7,27 +7,24 @@ from typing import Annotated
 import torch
 import typer
 
-from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.file import Calibration
+from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.kvquant import check_base, layer_levels
 from mixkvq.calibrate.layers import with_layers
-from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, write
+from mixkvq.calibrate.trials import Trials
+from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, SeedOption, check_out, compare, load_subject, write
 from mixkvq.cli.common import (
     CacheHelp,
     DeviceOption,
     ModelOption,
     TextOption,
     WindowsOption,
-    check_writable,
+    check_windows,
     clean_exit,
-    inputs,
-    load_model,
-    parse_dtype,
     progress,
 )
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate import fidelity as measure
-from mixkvq.evaluate.texts import windows
 
 
 def kvquant(
@@ -36,33 +33,26 @@ def kvquant(
     text: TextOption = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     count: WindowsOption = 4,
-    seed: Annotated[int, typer.Option(help="Of the labels whose gradients are taken.")] = 0,
+    seed: SeedOption = 0,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
 ) -> None:
     """KVQuant's levels: what codes stand for in each layer, fitted where errors cost most."""
     with clean_exit():
-        check_writable(out)
+        check_out(out, text=text)
         base = MixKVQConfig.parse(cache)
         check_base(base)
-        smallest_window = max(2 * measure.WARM_UP, base.sinks + base.residual_length + 1)
-        if window < smallest_window:
-            raise CalibrationError(f"--window {window}: take at least {smallest_window} tokens, a block and more.")
-        network, tokenizer = load_model(model, parse_dtype(dtype), device)
-        texts = windows(tokenizer, text or [None], window, count)
-        generator = torch.Generator(device=network.device).manual_seed(seed)
+        check_windows(window, count, max(2 * measure.WARM_UP, base.sinks + base.residual_length + 1))
+        subject = load_subject(model, dtype, device, text, window, count, in_turns=False)
+        generator = torch.Generator(device=subject.model.device).manual_seed(seed)
         bounds = measure.appends(window, base)
         with progress() as bar:
-            task = bar.add_task("gradients", total=len(texts))
-            fields = layer_levels(network, texts, base, bounds, measure.WARM_UP, generator, lambda: bar.advance(task))
-        config = with_layers(base, fields, network)
-        about = {
-            "cache": cache,
-            **inputs(model, text),
-            "dtype": dtype,
-            "window": window,
-            "windows": count,
-            "seed": seed,
-        }
-        write(out, Calibration(config, "kvquant", about, {}))
+            task = bar.add_task("gradients", total=len(subject.searched))
+            fields = layer_levels(
+                subject.model, subject.searched, base, bounds, measure.WARM_UP, generator, lambda: bar.advance(task)
+            )
+        config = with_layers(base, fields, subject.model)
+        about = {"cache": cache, **subject.about, "seed": seed}
+        judge = Judge(subject.model, subject.judged, Trials(None, about), "held out")
+        write(out, Calibration(config, "kvquant", about, compare(cache, judge, base, config)))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel
 
+from mixkvq.calibrate.errors import needed
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.kvtuner import (
@@ -21,19 +22,20 @@ from mixkvq.calibrate.kvtuner import (
     output_errors,
 )
 from mixkvq.calibrate.layers import with_layers
-from mixkvq.calibrate.search import Params, Point, best_within, front, nsga2, search
+from mixkvq.calibrate.search import Params, Point, best_within, check_tries, front, nsga2, search
 from mixkvq.calibrate.trials import Trials
 from mixkvq.cli.calibrate.common import (
     DtypeOption,
     OutArgument,
     PlotOption,
+    SeedOption,
     TrialsOption,
+    check_out,
     check_plot,
-    check_window,
+    compare,
     draw_front,
-    held_out,
     kept,
-    searched_and_judged,
+    load_subject,
     write,
 )
 from mixkvq.cli.common import (
@@ -41,18 +43,15 @@ from mixkvq.cli.common import (
     ModelOption,
     TextOption,
     WindowsOption,
-    check_writable,
+    check_windows,
     clean_exit,
-    inputs,
-    load_model,
     output,
-    parse_dtype,
     progress,
 )
 from mixkvq.config import MixKVQConfig
 from mixkvq.policies.kvtuner import PAIRS
 from mixkvq.report.fidelity import BITS, KL
-from mixkvq.report.tables import calibration_table, front_table
+from mixkvq.report.tables import front_table
 
 #: Trials of a generation.
 POPULATION = 16
@@ -65,7 +64,7 @@ def kvtuner(
     text: TextOption = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     count: WindowsOption = 1,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    seed: SeedOption = 0,
     trials: TrialsOption = None,
     plot: PlotOption = None,
     model: ModelOption = None,
@@ -74,20 +73,21 @@ def kvtuner(
 ) -> None:
     """KVTuner's search: pairs of key and value bits for clusters of layers, by NSGA-II."""
     with clean_exit(), kept(trials):
-        check_writable(out)
+        check_out(out, trials, text)
+        for package in ("optuna", "scipy"):
+            needed(package)
         check_plot(plot)
-        check_window(window)
+        check_tries(tries)
+        check_windows(window, count)
         base = MixKVQConfig.preset("kvtuner")
-        measured = {**inputs(model, text), "dtype": dtype, "window": window, "windows": count}
-        journal = Trials(trials, measured)
-        network, tokenizer = load_model(model, parse_dtype(dtype), device)
-        searched, judged = searched_and_judged(tokenizer, text, window, count)
+        subject = load_subject(model, dtype, device, text, window, count)
+        network, journal = subject.model, Trials(trials, subject.about)
         with progress() as bar:
-            task = bar.add_task("errors of single layers", total=len(searched))
-            errors = output_errors(network, searched, base, lambda: bar.advance(task))
+            task = bar.add_task("errors of single layers", total=len(subject.searched))
+            errors = output_errors(network, subject.searched, base, lambda: bar.advance(task))
         check_floor(errors, bits)
         clusters = cluster_layers(errors)
-        judge = Judge(network, searched, journal, "searched", keep=True)
+        judge = Judge(network, subject.searched, journal, "searched", keep=True)
         first = first_choices(clusters, mean_bits(errors), bits)
         points = _search(network, base, clusters, judge, first, seed, tries)
         found = best_within(points, bits)
@@ -96,19 +96,16 @@ def kvtuner(
         output.print(front_table("Pareto front", "pairs of the clusters", {_name(p): p for p in front(points)}, "KL"))
         draw_front(plot, names, BITS, KL, log_y=True)
         config = _config(network, base, clusters, found.params)
-        judge = Judge(network, judged, journal, "held out")
-        plain, tuned = held_out(judge, "uniform", base), held_out(judge, "what was found", config)
-        output.print(calibration_table("kvtuner", plain, tuned))
+        judge = Judge(network, subject.judged, journal, "held out")
         results = {
             "pairs": PAIRS,
             "layers": {layer: dataclasses.asdict(each) for layer, each in errors.items()},
             "clusters": [dataclasses.asdict(cluster) for cluster in clusters],
             "front": [point.as_dict() for point in front(points)],
-            "uniform": plain,
-            "found": tuned,
+            **compare("kvtuner", judge, base, config),
         }
         search_of = {"bits": bits, "tries": tries, "seed": seed, "population": POPULATION, "similar": SIMILAR}
-        write(out, Calibration(config, "kvtuner", {**measured, **search_of}, results))
+        write(out, Calibration(config, "kvtuner", {**subject.about, **search_of}, results))
 
 
 def _search(

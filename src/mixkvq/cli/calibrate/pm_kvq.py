@@ -7,26 +7,36 @@ from typing import Annotated
 
 import typer
 
-from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate import fingerprint
+from mixkvq.calibrate.allocation import SOLVER
+from mixkvq.calibrate.errors import CalibrationError, needed
 from mixkvq.calibrate.file import Calibration
-from mixkvq.calibrate.layers import quantized_layers, with_layers
-from mixkvq.calibrate.pm_kvq import last_widths, sensitivities
+from mixkvq.calibrate.judge import Judge
+from mixkvq.calibrate.layers import packed_memory, quantized_layers, with_layers
+from mixkvq.calibrate.pm_kvq import at_width, check_goal, last_widths, sensitivities
 from mixkvq.calibrate.smooth import smooth_attention
-from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, check_window, write
+from mixkvq.calibrate.trials import Trials
+from mixkvq.cli.calibrate.common import (
+    DtypeOption,
+    OutArgument,
+    Subject,
+    TrialsOption,
+    check_out,
+    compare,
+    kept,
+    load_subject,
+    write,
+)
 from mixkvq.cli.common import (
     DeviceOption,
     ModelOption,
     TextOption,
-    check_writable,
+    check_windows,
     clean_exit,
-    inputs,
-    load_model,
     output,
-    parse_dtype,
     progress,
 )
 from mixkvq.config import MixKVQConfig
-from mixkvq.evaluate.texts import windows
 
 #: Last widths that a layer may have.
 WIDTHS = (8, 4, 2)
@@ -47,49 +57,80 @@ def pm_kvq(
         Path | None,
         typer.Option(help="Store keys per token, fold SmoothAttention into the weights, and save the model here."),
     ] = None,
+    trials: TrialsOption = None,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
 ) -> None:
     """PM-KVQ's integer program: which layers end at which width, within the memory of a full cache."""
-    with clean_exit():
-        check_writable(out)
-        if smooth is not None and smooth.exists() and not smooth.is_dir():
-            raise CalibrationError(f"--smooth {smooth}: give a folder to save the model in, not a file.")
-        check_window(window)
+    with clean_exit(), kept(trials):
+        check_out(out, trials, text)
+        needed(SOLVER)
+        check_smooth(smooth)
+        check_windows(window, count)
         wanted = sorted(widths or (4, 2), reverse=True)
         if len(set(wanted)) < 2 or not set(wanted) <= set(WIDTHS):
             raise CalibrationError(f"--widths takes two or three of {', '.join(map(str, WIDTHS))}; got {wanted}.")
         base = MixKVQConfig.preset("pm-kvq-2", plan_tokens=tokens, key_axis="channel" if smooth is None else "token")
-        network, tokenizer = load_model(model, parse_dtype(dtype), device)
-        texts = windows(tokenizer, text or [None], window, count)
-        with progress() as bar:
-            if smooth is not None:
-                folding = bar.add_task("smoothing", total=len(quantized_layers(network)))
-                smooth_attention(network, texts[0].to(network.device), base, lambda: bar.advance(folding))
-                for part in (network, tokenizer):
-                    part.save_pretrained(smooth)
-            task = bar.add_task("gradients", total=len(texts))
-            found, sizes = sensitivities(
-                network, base, texts, wanted, stretch=stretch, advance=lambda: bar.advance(task)
-            )
+        subject = load_subject(model, dtype, device, text, window, count, in_turns=False)
+        first = subject.searched[0]
+        sizes = [packed_memory(subject.model, at_width(base, width), first).bits for width in wanted]
         bits = (min(sizes) + max(sizes)) / 2 if bits is None else bits
-        last = last_widths(found, sizes, wanted, bits)
-        config = with_layers(base, {layer: {"key_bits": b, "value_bits": b} for layer, b in last.items()}, network)
+        check_goal(bits, wanted, sizes)
         about = {
-            **inputs(model, text),
-            "dtype": dtype,
-            "smooth": None if smooth is None else smooth.name,  # the weights that this was found on
-            "bits": bits,
-            "window": window,
-            "windows": count,
+            **subject.about,
+            "config": base.as_dict(),
+            "tokens_of_a_full_cache": tokens,
             "stretch": stretch,
+            "widths": wanted,
         }
         if smooth is not None:
-            output.print(
-                f"Saved the model with SmoothAttention to {smooth}: use it with --model {smooth}", soft_wrap=True
+            _smooth(subject, base)
+            about |= {"smooth": smooth.name, "weights": fingerprint.of_weights(subject.model)}
+        journal = Trials(trials, about)
+        with progress() as bar:
+            task = bar.add_task("gradients", total=len(subject.searched))
+            found = sensitivities(
+                subject.model,
+                base,
+                subject.searched,
+                wanted,
+                journal,
+                stretch=stretch,
+                advance=lambda: bar.advance(task),
             )
+        last = last_widths(found, sizes, wanted, bits)
+        fields = {layer: {"key_bits": width, "value_bits": width} for layer, width in last.items()}
+        config = with_layers(base, fields, subject.model)
         for width in wanted:
             layers = [str(layer) for layer, b in last.items() if b == width]
             output.print(f"{width} bits in the end: layers {', '.join(layers) or 'none'}", soft_wrap=True)
-        write(out, Calibration(config, "pm-kvq", about, {"widths": wanted, "bits": sizes, "sensitivities": found}))
+        full = {"plan_tokens": max(window, base.residual_length)}  # judged as it is when it is full
+        judge = Judge(subject.model, subject.judged, journal, "held out")
+        compared = compare("pm-kvq-2", judge, base.replace(**full), config.replace(**full))
+        if smooth is not None:
+            for part in (subject.model, subject.tokenizer):
+                part.save_pretrained(smooth)
+            output.print(
+                f"Saved the model with SmoothAttention to {smooth}: use it with --model {smooth}", soft_wrap=True
+            )
+        results = {"widths": wanted, "bits": sizes, "sensitivities": found, **compared}
+        write(out, Calibration(config, "pm-kvq", {**about, "bits": bits}, results))
+
+
+def check_smooth(folder: Path | None) -> None:
+    """Complain about a folder that has something in it, which would be lost."""
+    if folder is None:
+        return
+    if folder.exists() and not folder.is_dir():
+        raise CalibrationError(f"--smooth {folder}: give a folder to save the model in, not a file.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CalibrationError(f"--smooth {folder}: this folder is not empty. Give a new one to save the model in.")
+
+
+def _smooth(subject: Subject, base: MixKVQConfig) -> None:
+    """Fold SmoothAttention into a model's weights, with a progress bar."""
+    with progress() as bar:
+        folding = bar.add_task("smoothing", total=len(quantized_layers(subject.model)))
+        first = subject.searched[0].to(subject.model.device)
+        smooth_attention(subject.model, first, base, lambda: bar.advance(folding))

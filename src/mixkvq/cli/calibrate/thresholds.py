@@ -7,28 +7,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mixkvq.bench.environment import environment
-from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate.errors import CalibrationError, needed
 from mixkvq.calibrate.examiner import Examiner
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.judge import Judge
-from mixkvq.calibrate.search import Params, Point, best_within, front, search, tpe
+from mixkvq.calibrate.search import Params, Point, best_within, check_tries, front, search, tpe
 from mixkvq.calibrate.thresholds import Thresholds, at_shares, largest_shares, measured_saliences, uint4_share_for
 from mixkvq.calibrate.trials import Trials
 from mixkvq.cli.calibrate.common import (
     DtypeOption,
     PlotOption,
+    SeedOption,
     TrialsOption,
+    check_out,
     check_plot,
-    check_window,
+    compare,
     draw_front,
-    held_out,
     kept,
-    searched_and_judged,
+    load_subject,
     write,
 )
 from mixkvq.cli.calibrate.exam import BatchOption, DataDirOption, NewTokensOption, about_exam, exam
@@ -37,20 +39,20 @@ from mixkvq.cli.common import (
     JsonOption,
     ModelOption,
     TextOption,
+    check_windows,
     check_writable,
     clean_exit,
-    inputs,
     load_model,
     output,
     parse_dtype,
     progress,
+    read_windows,
     write_json,
 )
 from mixkvq.config import MixKVQConfig
-from mixkvq.evaluate.texts import windows
 from mixkvq.models import DEFAULT_MODEL
 from mixkvq.report.fidelity import KL
-from mixkvq.report.tables import calibration_table, front_table
+from mixkvq.report.tables import front_table
 
 #: Windows of each text: quantiles take one pass, a search one for each try.
 QUANTILE_WINDOWS, SEARCH_WINDOWS = 4, 1
@@ -85,7 +87,7 @@ def thresholds(
             show_default=f"{QUANTILE_WINDOWS}; {SEARCH_WINDOWS} for a search",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    seed: SeedOption = 0,
     trials: TrialsOption = None,
     plot: PlotOption = None,
     model: ModelOption = None,
@@ -104,29 +106,29 @@ def thresholds(
             _refuse(trials=trials, plot=plot, problems=problems, data_dir=data_dir)
             network, tokenizer = load_model(model, parse_dtype(dtype), device)
             count = QUANTILE_WINDOWS if count is None else count
-            ranked = _saliences(network, windows(tokenizer, text or [None], window, count))
+            ranked = _saliences(network, torch.cat(read_windows(tokenizer, text, window, count)))
             _print_quantiles(at_shares(ranked, **start), model or DEFAULT_MODEL, json_file)
             return
         count = SEARCH_WINDOWS if count is None else count
-        check_writable(out)
+        check_out(out, trials, text)
+        needed("optuna")
         check_plot(plot)
-        check_window(window)
+        check_windows(window, count)
+        check_tries(tries)
         scored = exam(problems, data_dir, batch, max_new_tokens)
-        measured = {
-            **inputs(model, text),
-            "dtype": dtype,
-            "window": window,
-            "windows": count,
-            **about_exam(problems, data_dir, batch, max_new_tokens),
-        }
+        subject = load_subject(model, dtype, device, text, window, count)
+        network, searched = subject.model, subject.searched
+        measured = {**subject.about, **about_exam(scored, data_dir)}
         journal = Trials(trials, measured)
-        network, tokenizer = load_model(model, parse_dtype(dtype), device)
-        searched, judged = searched_and_judged(tokenizer, text, window, count)
         ranked = _saliences(network, searched)
         if scored is None:
             score, label, axis = _by_text(network, searched, journal), "KL", KL
         else:
-            score, label, axis = _by_answers(scored.examiner(network, tokenizer, model, dtype, journal)), WRONG, WRONG
+            score, label, axis = (
+                _by_answers(scored.examiner(network, subject.tokenizer, model, dtype, journal)),
+                WRONG,
+                WRONG,
+            )
         points = _search(network, ranked, score, largest_shares(bits), start, seed, tries)
         if scored is not None and all(point.loss == 1 for point in points):
             raise CalibrationError(
@@ -135,18 +137,17 @@ def thresholds(
             )
         _show(points, plot, label, axis, log_y=scored is None)
         best = best_within(points, bits)
-        judge = Judge(network, judged, journal, "held out")
         found = at_shares(ranked, **best.params)
-        plain = held_out(judge, "quantiles", at_shares(ranked, **start).config(network))
-        tuned = held_out(judge, "what was found", found.config(network))
-        output.print(calibration_table("quantiles", plain, tuned))
+        judge = Judge(network, subject.judged, journal, "held out")
+        compared = compare(
+            "quantiles", judge, at_shares(ranked, **start).config(network), found.config(network), "quantiles"
+        )
         write_json(json_file, [{**point.as_dict(), **measured, **environment()} for point in points])
         results = {
             **dataclasses.asdict(found),
             "score": label,
             "front": [point.as_dict() for point in front(points)],
-            "quantiles": plain,
-            "found": tuned,
+            **compared,
         }
         about = {**measured, "bits": bits, "seed": seed, "tries": tries}
         write(out, Calibration(found.config(network), "thresholds", about, results))
