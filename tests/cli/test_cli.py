@@ -61,9 +61,26 @@ def test_caches_lists_every_preset():
         assert name in output
 
 
-def test_caches_says_what_runs_each_on_a_gpu():
+def listed_caches() -> dict[str, list[str]]:
+    """The rows of ``mixkvq caches``, first lines of cells, by name."""
     rows = [[cell.strip() for cell in line.split("│")] for line in run("caches").output.splitlines() if "│" in line]
-    kernels = {row[1]: row[4] for row in rows if row[1]}
+    return {row[1]: row[2:-1] for row in rows if row[1]}
+
+
+def test_caches_cuts_nothing_in_a_narrow_terminal():
+    output = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["caches"]).output
+    assert "…" not in output
+    assert "StreamingLLM, arXiv" in output
+
+
+def test_caches_marks_bits_that_are_not_those_of_the_whole_cache():
+    bits = {name: row[0] for name, row in listed_caches().items()}
+    assert (bits["kivi-2"], bits["kvmix"], bits["window-512"], bits["pm-kvq-2"]) == ("3.00", "3.00*", "16.00*", "2.25**")
+    assert "** once the cache is full" in run("caches").output
+
+
+def test_caches_says_what_runs_each_on_a_gpu():
+    kernels = {name: row[2] for name, row in listed_caches().items()}
     assert kernels.keys() == all_presets().keys()
     assert (kernels["default"], kernels["bf16"], kernels["rotatekv-2"]) == ("cuda", "triton", "torch")
 

@@ -15,6 +15,7 @@ from mixkvq.evaluate.fidelity import Fidelity
 from mixkvq.evaluate.likelihood import LENGTHS, ChainFidelity
 from mixkvq.evaluate.statistics import pareto_front
 from mixkvq.layers.expected import expected_bits, expected_kernel
+from mixkvq.policies import policy_class
 from mixkvq.store import MemoryReport
 
 
@@ -165,11 +166,25 @@ def presets_table(kv_heads: int = 8, head_dim: int = 128) -> Table:
     )  # fmt: skip
     table.columns[0].no_wrap = True
     for column in table.columns[3:]:
-        column.justify, column.no_wrap = "left", False
+        column.justify, column.no_wrap, column.overflow = "left", False, "fold"
     for name, preset in all_presets().items():
         config = MixKVQConfig.preset(name)
         keys, values, final = expected_bits(config, kv_heads, head_dim)
         kernel = expected_kernel(config, kv_heads, head_dim)
-        floor = "" if final else "from "
-        table.add_row(name, f"{floor}{keys:.2f}", f"{values:.2f}", kernel, preset.summary, preset.source)
+        floor, mark = "" if final else "from ", _bits_mark(config)
+        table.add_row(name, f"{floor}{keys:.2f}{mark}", f"{values:.2f}{mark}", kernel, preset.summary, preset.source)
+    table.caption_justify = "left"
+    table.caption = (
+        "* of the packed tokens alone: others stay in 16 bits, or are evicted, and `mixkvq fidelity` counts all bits "
+        "held (docs/kvmix.md, docs/conf_kv.md)\n"
+        "** once the cache is full: it begins with 16 bits and comes to these at plan_tokens (docs/pm_kvq.md)"
+    )
     return table
+
+
+def _bits_mark(config: MixKVQConfig) -> str:
+    """The footnote of :func:`presets_table` that the bits of a configuration need, or nothing."""
+    policy = policy_class(config.policy)(config)
+    if policy.narrows:
+        return "**"
+    return "*" if policy.evicts or policy.recent else ""
