@@ -19,7 +19,7 @@ from models import VOCABULARY, tiny_model
 
 ROW = [
     *("cache", "key_bits_codes", "key_bits", "value_bits_codes", "value_bits", "bits", "bits_held"),
-    *("size_bits", "bytes_held"),
+    *("size_bits", "sized_by_all", "bytes_held"),
     *("perplexity", "reference_perplexity", "kl", "top1_agreement", "tokens"),
 ]
 

@@ -240,7 +240,7 @@ class Recipe:
             )
         elif not kernels:
             warnings.warn(
-                "The GPU kernels take Triton, which is not installed: torch operations serve this cache, which are much "
+                "The GPU kernels need Triton, which is not installed: torch operations do their work, which are much "
                 'slower. Install it with: pip install "mixkvq[kernels]".',
                 stacklevel=2,
             )

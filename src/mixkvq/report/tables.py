@@ -49,13 +49,13 @@ def fidelity_table(rows: Sequence[Fidelity]) -> Table:
             f"[bold]{escape(row.cache)}[/]" if i in front and len(rows) > 1 else escape(row.cache),
             f"{row.key_bits_codes:.2f}/{row.key_bits:.2f}",
             f"{row.value_bits_codes:.2f}/{row.value_bits:.2f}",
-            f"{row.size_bits:.2f}*" if row.counts_all else f"{row.bits:.2f}",
+            f"{row.size_bits:.2f}" + "*" * row.sized_by_all,
             size(row.bytes_held),
             f"{row.perplexity:.3f}",
             f"{max(row.kl, 0):.4f}",
             f"{row.top1_agreement:.1%}",
         )
-    if any(row.counts_all for row in rows):
+    if any(row.sized_by_all for row in rows):
         table.caption = (
             "* tokens were evicted, or kept unpacked: all bits held, over all tokens seen, in a model of 16 bits"
         )
