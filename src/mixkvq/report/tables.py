@@ -84,15 +84,19 @@ def chain_table(rows: Sequence[ChainFidelity]) -> Table:
 
 def calibration_table(cache: str, uniform: Mapping[str, float], found: Mapping[str, float]) -> Table:
     """What was found beside what it started from, on text that was not calibrated on."""
-    table = new_table("On text that was not calibrated on", "cache", "bits", "perpl.", "KL")
+    table = new_table("On text that was not calibrated on", "cache", "honest bits", "perpl.", "KL")
     for name, row in ((cache, uniform), ("calibrated", found)):
         table.add_row(name, f"{row['bits']:.2f}", f"{row['perplexity']:.3f}", f"{row['kl']:.4f}")
     return table
 
 
-def front_table(title: str, what: str, points: Mapping[str, Point], loss: str) -> Table:
-    """Points of a search by name: bits, and what they lose."""
-    table = new_table(title, what, "bits", loss)
+def front_table(title: str, what: str, points: Mapping[str, Point], loss: str, bits: str = "bits") -> Table:
+    """Points of a search by name: bits, and what they lose.
+
+    Args:
+        what, loss, bits: headings of the columns; the last says which bits the search is by.
+    """
+    table = new_table(title, what, bits, loss)
     for name, point in points.items():
         table.add_row(name, f"{point.bits:.2f}", f"{point.loss:.4f}")
     return table
