@@ -1,6 +1,7 @@
 """What cannot be served says so."""
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -90,36 +91,36 @@ def test_another_batch_size(model):
             model(ids(3), past_key_values=cache)
 
 
-def test_a_stock_cache_is_warned_about_once(model, caplog):
-    tf.utils.logging.get_logger("mixkvq").propagate = True
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the attention function logs, whatever it has said in other tests."""
+    tf.utils.logging.warning_once.cache_clear()
     logger = logging.getLogger("mixkvq.adapters.transformers.attention")
     logger.addHandler(caplog.handler)
-    try:
-        with torch.inference_mode(), attention(model, "mixkvq"):
-            cache = DynamicCache(config=model.config)
-            expected = model(ids(), past_key_values=DynamicCache(config=model.config)).logits
-            for _ in range(4):
-                model(ids(), past_key_values=cache)
-    finally:
-        logger.removeHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_a_stock_cache_is_warned_about_once(model, warned: pytest.LogCaptureFixture):
+    tf.utils.logging.get_logger("mixkvq").propagate = True
+    with torch.inference_mode(), attention(model, "mixkvq"):
+        cache = DynamicCache(config=model.config)
+        expected = model(ids(), past_key_values=DynamicCache(config=model.config)).logits
+        for _ in range(4):
+            model(ids(), past_key_values=cache)
     assert expected.isfinite().all()
-    warnings = [record for record in caplog.records if "nothing is being quantized" in record.message]
+    warnings = [record for record in warned.records if "nothing is being quantized" in record.message]
     assert len({id(record) for record in warnings}) == 1
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "gpt-oss"])
-def test_sliding_layers_are_not_warned_about(architecture: str, caplog):
+def test_sliding_layers_are_not_warned_about(architecture: str, warned: pytest.LogCaptureFixture):
     hybrid = tiny_model(architecture)
-    logger = logging.getLogger("mixkvq.adapters.transformers.attention")
-    logger.addHandler(caplog.handler)
-    try:
-        with torch.inference_mode(), attention(hybrid, "mixkvq"):
-            cache = MixKVQCache(hybrid.config)
-            for _ in range(3):
-                hybrid(ids(), past_key_values=cache)
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert not caplog.records
+    with torch.inference_mode(), attention(hybrid, "mixkvq"):
+        cache = MixKVQCache(hybrid.config)
+        for _ in range(3):
+            hybrid(ids(), past_key_values=cache)
+    assert not warned.records
 
 
 def test_rows_that_do_not_exist(model):

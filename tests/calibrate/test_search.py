@@ -17,6 +17,7 @@ from mixkvq.evaluate.answers import Settings
 from mixkvq.evaluate.fidelity import fidelity
 from mixkvq.evaluate.runner import Run
 from mixkvq.evaluate.tasks import Question, Task
+from mixkvq.report.tables import front_table
 from models import VOCABULARY, tiny_model
 
 SPACE = {name: CategoricalDistribution([2, 4, 8]) for name in "abc"}
@@ -124,3 +125,10 @@ def test_an_examiner_counts_right_answers_once():
     assert examiner(MixKVQConfig.preset("kivi-2"), counts.append) == pytest.approx(2 / 3)
     assert len(model.calls) == 1
     assert counts == [0, 3]
+
+
+def test_tables_say_which_bits_they_have():
+    points = {"half": Point({"share": 0.5}, 2.4, 0.1)}
+    unnamed, named = front_table("", "share", points, "KL"), front_table("", "share", points, "KL", bits="code bits")
+    assert [column.header for column in unnamed.columns] == ["share", "bits", "KL"]
+    assert [column.header for column in named.columns] == ["share", "code bits", "KL"]

@@ -19,7 +19,7 @@ from models import VOCABULARY, tiny_model
 
 ROW = [
     *("cache", "key_bits_codes", "key_bits", "value_bits_codes", "value_bits", "bits", "bits_held"),
-    *("size_bits", "bytes_held"),
+    *("size_bits", "sized_by_all", "bytes_held"),
     *("perplexity", "reference_perplexity", "kl", "top1_agreement", "tokens"),
 ]
 
@@ -61,9 +61,27 @@ def test_caches_lists_every_preset():
         assert name in output
 
 
-def test_caches_says_what_runs_each_on_a_gpu():
+def listed_caches() -> dict[str, list[str]]:
+    """The rows of ``mixkvq caches``, first lines of cells, by name."""
     rows = [[cell.strip() for cell in line.split("│")] for line in run("caches").output.splitlines() if "│" in line]
-    kernels = {row[1]: row[4] for row in rows if row[1]}
+    return {row[1]: row[2:-1] for row in rows if row[1]}
+
+
+def test_caches_cuts_nothing_in_a_narrow_terminal():
+    output = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["caches"]).output
+    assert "…" not in output
+    assert "StreamingLLM, arXiv" in output
+
+
+def test_caches_marks_bits_that_are_not_those_of_the_whole_cache():
+    keys = {name: row[0] for name, row in listed_caches().items()}
+    assert (keys["kivi-2"], keys["kvmix"], keys["window-512"]) == ("3.00", "3.00*", "16.00*")
+    assert keys["pm-kvq-2"] == "2.25**"
+    assert "** once the cache is full" in run("caches").output
+
+
+def test_caches_says_what_runs_each_on_a_gpu():
+    kernels = {name: row[2] for name, row in listed_caches().items()}
     assert kernels.keys() == all_presets().keys()
     assert (kernels["default"], kernels["bf16"], kernels["rotatekv-2"]) == ("cuda", "triton", "torch")
 

@@ -37,9 +37,33 @@ def test_every_preset_is_a_row(chat: Path, tmp_path: Path):
 def test_names_cover_neither_each_other_nor_points():
     pytest.importorskip("matplotlib")
     points = {f"cache-{i}": (3 + i / 50, 0.1 + i / 400) for i in range(5)} | {"twin": (3.0, 0.1), "far": (8.0, 0.2)}
-    figure = front_figure(points, "bits", "KL", log_y=True)
+    figure = front_figure(points, "bits", "KL", log_y=True, numbered=False)
     figure.canvas.draw()
     (axes,) = figure.axes
     assert {text.get_text() for text in axes.texts} == {"cache-0, twin", *(f"cache-{i}" for i in range(1, 5)), "far"}
     boxes = [text.get_window_extent() for text in axes.texts]
     assert not any(a.overlaps(b) for at, a in enumerate(boxes) for b in boxes[:at])
+
+
+def test_a_search_s_picture_numbers_its_front_and_marks_what_was_chosen():
+    pytest.importorskip("matplotlib")
+    front = {f"8/4 4/4 2/2 {i}": (2 + i / 40, 0.9**i) for i in range(12)}
+    worse = {f"worse {i}": (2 + i / 30, 1.2 * 0.9**i) for i in range(8)}
+    chosen = "8/4 4/4 2/2 5"
+    figure = front_figure(front | worse, "bits", "KL", log_y=True, chosen=chosen, limit=2.13)
+    figure.canvas.draw()
+    (axes,), (listed,) = figure.axes, figure.legends
+    assert [text.get_text() for text in listed.get_texts()] == [f"{i}  {name}" for i, name in enumerate(front, 1)]
+    assert {text.get_text() for text in axes.texts} == {str(i) for i in range(1, 13)}
+    marks = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert marks["chosen"] == [list(front[chosen])]
+    assert {x for x, _ in marks["asked for: 2.13"]} == {2.13}
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for at, a in enumerate(boxes) for b in boxes[:at])
+
+
+def test_nothing_but_the_front_is_in_a_search_s_picture_without_a_choice():
+    pytest.importorskip("matplotlib")
+    figure = front_figure({"a": (2.0, 1.0), "b": (3.0, 0.5)}, "bits", "KL", log_y=False)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["Pareto front"]

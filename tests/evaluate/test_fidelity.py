@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from mixkvq import MixKVQCache, MixKVQConfig
 from mixkvq.evaluate.fidelity import WARM_UP, appends, fidelity
 from mixkvq.models import attention
+from mixkvq.report.tables import fidelity_table
 from models import VOCABULARY, tiny_model
 
 
@@ -64,3 +65,12 @@ def test_rows_rise_by_honest_bits_and_bf16_is_exact():
     assert rows[-1].kl == pytest.approx(0, abs=1e-6)
     assert rows[-1].top1_agreement == 1.0
     assert rows[0].kl > rows[1].kl > 1e-6
+
+
+def test_bits_of_everything_held_are_marked():
+    names = ("kivi-2", "kivi-2:residual_length=512", "kvmix", "window-512")  # 300 tokens fill no block of 512
+    caches = {name: MixKVQConfig.parse(name) for name in names}
+    rows = fidelity(tiny_model("llama"), torch.randint(3, VOCABULARY, (1, 300)), caches)
+    (cells,) = [column.cells for column in fidelity_table(rows).columns if column.header == "bits"]
+    bits = {row.cache: cell for row, cell in zip(rows, cells, strict=True)}
+    assert {name for name, cell in bits.items() if cell.endswith("*")} == {*names} - {"kivi-2"}

@@ -1,6 +1,8 @@
 """A layer's cache in surroundings that change how torch behaves."""
 
 import copy
+import sys
+import warnings
 
 import pytest
 import torch
@@ -92,3 +94,26 @@ def test_no_rows_left():
     cache.select([])
     assert cache.store.lengths == []
     assert cache.store.pages.used == 0
+
+
+def warned(text: str, device: str) -> list[str]:
+    """What two layers of a cache say when they are put on a device."""
+    cache = layer_cache(MixKVQConfig.parse(text), random_step(1, 2))
+    with warnings.catch_warnings(record=True, action="default") as caught:
+        for _ in range(2):
+            cache.recipe.warn_of_torch(torch.device(device))
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_gpu_without_triton_is_warned_about_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    (message,) = warned("default", "cuda")
+    assert 'pip install "mixkvq[kernels]"' in message
+    (message,) = warned("rotatekv-2", "cuda")  # Triton would not help
+    assert message.startswith("No GPU kernel serves this cache")
+    assert not warned("default", "cpu")
+
+
+def test_a_gpu_with_triton_is_not_warned_about():
+    pytest.importorskip("triton")
+    assert not warned("default", "cuda")

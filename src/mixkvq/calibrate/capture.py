@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mixkvq.adapters.transformers.attention import attention_forward
+from mixkvq.adapters.transformers.attention import attention_forward, logit_scaling
 from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.layers import quantized_layers
 from mixkvq.calibrate.observe import observed
@@ -28,6 +28,8 @@ class Tape:
         key_gradients, value_gradients: ``[samples, layers, Hkv, T, D]`` float32, of the loss of the labels, summed over
             the scored tokens.
         scored: how many tokens these were.
+        attention: by layer, what :func:`mixkvq.kernels.reference.attention` takes besides these tensors to attend as
+            the model does: scaling, soft cap and sinks.
     """
 
     layers: tuple[int, ...]
@@ -37,6 +39,7 @@ class Tape:
     key_gradients: Tensor
     value_gradients: Tensor
     scored: int
+    attention: tuple[dict[str, Any], ...]
 
 
 def record(
@@ -99,6 +102,7 @@ def record(
             key_gradients=gradient(at, 0),
             value_gradients=gradient(at, 1),
             scored=len(logits),
+            attention=tuple(taken[i].attention for i in at),
         )
         for at in by_shape.values()
     ]
@@ -106,10 +110,13 @@ def record(
 
 @dataclass(frozen=True)
 class _Step:
-    """A layer's query, keys and values, and zeros that were added to keys and values where later blocks read them."""
+    """A layer's query, keys and values, zeros that were added to keys and values where later blocks read them, and
+    :attr:`Tape.attention`.
+    """
 
     tensors: tuple[Tensor, Tensor, Tensor]
     changes: tuple[Tensor, Tensor]
+    attention: dict[str, Any]
 
 
 class _Recording:
@@ -124,7 +131,7 @@ class _Recording:
     ) -> Tensor:
         """Attention block by block."""
         changes = torch.zeros_like(key, requires_grad=True), torch.zeros_like(value, requires_grad=True)
-        self.steps[layer] = _Step((query, key, value), changes)
+        self.steps[layer] = _Step((query, key, value), changes, _attention(query, **options))
         stored = key + changes[0], value + changes[1]
         outputs = []
         for start, stop in self.bounds:
@@ -136,3 +143,15 @@ class _Recording:
             mask = causal(stop - start, stop, query.device)[None, None]
             outputs.append(attention_forward(module, query[:, :, start:stop], keys, values, mask, **options)[0])
         return torch.cat(outputs, 1)
+
+
+def _attention(
+    query: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """One layer's :attr:`Tape.attention`, from the options of :func:`attention_forward`."""
+    sinks = None if s_aux is None else s_aux.detach()
+    return {"scaling": logit_scaling(query, scaling), "softcap": softcap, "sinks": sinks}

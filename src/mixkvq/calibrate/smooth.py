@@ -114,7 +114,7 @@ def _best(tape: Tape, row: int, sizes: Tensor, config: MixKVQConfig) -> float:
 
     def outputs(keys: Tensor, values: Tensor, factors: Tensor) -> Tensor:
         scaled = query[0] * factors.repeat_interleave(group, 0)[:, None]
-        return attend(scaled, keys, values, visible, scaling=keys.shape[2] ** -0.5)
+        return attend(scaled, keys, values, visible, **tape.attention[row])
 
     ones = torch.ones(keys.shape[1], keys.shape[3], device=keys.device)
     exact = outputs(keys[0], values[0], ones)

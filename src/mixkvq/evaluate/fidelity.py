@@ -42,6 +42,7 @@ class Fidelity:
         key_bits, value_bits, bits: honest bits, with scales, zeros and tier index.
         bits_held: everything that was held, over the elements of all tokens seen.
         size_bits: what caches are compared by: :attr:`MemoryReport.size_bits`.
+        sized_by_all: whether these count everything held: :attr:`MemoryReport.sized_by_all`.
         bytes_held: everything the cache held at the end of a window, mean over windows.
         perplexity, reference_perplexity: of the same tokens, with the cache and in full precision.
         kl: mean ``KL(full precision || cached)``.
@@ -57,17 +58,13 @@ class Fidelity:
     bits: float
     bits_held: float
     size_bits: float
+    sized_by_all: bool
     bytes_held: int
     perplexity: float
     reference_perplexity: float
     kl: float
     top1_agreement: float
     tokens: int
-
-    @property
-    def counts_all(self) -> bool:
-        """Whether :attr:`size_bits` are the bits held."""
-        return self.size_bits != self.bits
 
     def as_dict(self) -> dict[str, float | int | str]:
         """Fields by name, for JSON."""
@@ -102,6 +99,7 @@ class _Tally:
             bits=memory.bits,
             bits_held=memory.bits_held,
             size_bits=memory.size_bits,
+            sized_by_all=memory.sized_by_all,
             bytes_held=memory.total // self.windows,
             perplexity=math.exp(self.loss / self.tokens),
             reference_perplexity=math.exp(self.reference_loss / self.tokens),

@@ -228,11 +228,20 @@ class Recipe:
         return unserved(self.layout) or no_tiles
 
     def warn_of_torch(self, device: torch.device) -> None:
-        """Say that a device with kernels works without them."""
-        if has_kernels(device) and (reason := unread(self.layout, self.policy)):
+        """Say that a GPU works without kernels, once for all layers: it has none for this cache, or none at all."""
+        kernels = has_kernels(device)
+        if not kernels and device.type != "cuda":
+            return
+        if reason := unread(self.layout, self.policy):
             warnings.warn(
                 f"No GPU kernel serves this cache, as {reason}: torch operations do, which are much slower. "
                 "`mixkvq caches` lists what runs on kernels.",
+                stacklevel=2,
+            )
+        elif not kernels:
+            warnings.warn(
+                "The GPU kernels need Triton, which is not installed: torch operations do their work, which are much "
+                'slower. Install it with: pip install "mixkvq[kernels]".',
                 stacklevel=2,
             )
 

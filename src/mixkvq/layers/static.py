@@ -87,6 +87,7 @@ class ModelCache:
         self._turns.check(0)
         recipe = Recipe.of(self.config, self.policy, LayerShape.of(keys, values, self.rope))
         recipe.check_kernels(keys.device)
+        recipe.warn_of_torch(keys.device)
         shape = StaticShape(
             layout=recipe.layout,
             layers=self.layers,

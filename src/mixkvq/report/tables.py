@@ -15,6 +15,7 @@ from mixkvq.evaluate.fidelity import Fidelity
 from mixkvq.evaluate.likelihood import LENGTHS, ChainFidelity
 from mixkvq.evaluate.statistics import pareto_front
 from mixkvq.layers.expected import expected_bits, expected_kernel
+from mixkvq.policies import policy_class
 from mixkvq.store import MemoryReport
 
 
@@ -48,13 +49,13 @@ def fidelity_table(rows: Sequence[Fidelity]) -> Table:
             f"[bold]{escape(row.cache)}[/]" if i in front and len(rows) > 1 else escape(row.cache),
             f"{row.key_bits_codes:.2f}/{row.key_bits:.2f}",
             f"{row.value_bits_codes:.2f}/{row.value_bits:.2f}",
-            f"{row.size_bits:.2f}*" if row.counts_all else f"{row.bits:.2f}",
+            f"{row.size_bits:.2f}" + "*" * row.sized_by_all,
             size(row.bytes_held),
             f"{row.perplexity:.3f}",
             f"{max(row.kl, 0):.4f}",
             f"{row.top1_agreement:.1%}",
         )
-    if any(row.counts_all for row in rows):
+    if any(row.sized_by_all for row in rows):
         table.caption = (
             "* tokens were evicted, or kept unpacked: all bits held, over all tokens seen, in a model of 16 bits"
         )
@@ -83,15 +84,19 @@ def chain_table(rows: Sequence[ChainFidelity]) -> Table:
 
 def calibration_table(cache: str, uniform: Mapping[str, float], found: Mapping[str, float]) -> Table:
     """What was found beside what it started from, on text that was not calibrated on."""
-    table = new_table("On text that was not calibrated on", "cache", "bits", "perpl.", "KL")
+    table = new_table("On text that was not calibrated on", "cache", "honest bits", "perpl.", "KL")
     for name, row in ((cache, uniform), ("calibrated", found)):
         table.add_row(name, f"{row['bits']:.2f}", f"{row['perplexity']:.3f}", f"{row['kl']:.4f}")
     return table
 
 
-def front_table(title: str, what: str, points: Mapping[str, Point], loss: str) -> Table:
-    """Points of a search by name: bits, and what they lose."""
-    table = new_table(title, what, "bits", loss)
+def front_table(title: str, what: str, points: Mapping[str, Point], loss: str, bits: str = "bits") -> Table:
+    """Points of a search by name: bits, and what they lose.
+
+    Args:
+        what, loss, bits: headings of the columns; the last says which bits the search is by.
+    """
+    table = new_table(title, what, bits, loss)
     for name, point in points.items():
         table.add_row(name, f"{point.bits:.2f}", f"{point.loss:.4f}")
     return table
@@ -165,11 +170,25 @@ def presets_table(kv_heads: int = 8, head_dim: int = 128) -> Table:
     )  # fmt: skip
     table.columns[0].no_wrap = True
     for column in table.columns[3:]:
-        column.justify, column.no_wrap = "left", False
+        column.justify, column.no_wrap, column.overflow = "left", False, "fold"
     for name, preset in all_presets().items():
         config = MixKVQConfig.preset(name)
         keys, values, final = expected_bits(config, kv_heads, head_dim)
         kernel = expected_kernel(config, kv_heads, head_dim)
-        floor = "" if final else "from "
-        table.add_row(name, f"{floor}{keys:.2f}", f"{values:.2f}", kernel, preset.summary, preset.source)
+        floor, mark = "" if final else "from ", _bits_mark(config)
+        table.add_row(name, f"{floor}{keys:.2f}{mark}", f"{values:.2f}{mark}", kernel, preset.summary, preset.source)
+    table.caption_justify = "left"
+    table.caption = (
+        "* of the packed tokens alone: others stay in 16 bits, or are evicted, and `mixkvq fidelity` counts all bits "
+        "held (docs/kvmix.md, docs/conf_kv.md)\n"
+        "** once the cache is full: it begins with 16 bits and comes to these at plan_tokens (docs/pm_kvq.md)"
+    )
     return table
+
+
+def _bits_mark(config: MixKVQConfig) -> str:
+    """The footnote of :func:`presets_table` that the bits of a configuration need, or nothing."""
+    policy = policy_class(config.policy)(config)
+    if policy.narrows:
+        return "**"
+    return "*" if policy.evicts or policy.recent else ""

@@ -104,11 +104,18 @@ class MemoryReport:
         return 8 * (self.total - self.parts["other layers"]) / max(self.elements, 1)
 
     @property
-    def size_bits(self) -> float:
-        """What caches are compared by: :attr:`bits`; of a cache that :attr:`counts_all`, or has none packed, what
-        :attr:`bits_held` would be in a model of 16 bits: what is packed says nothing of the tokens seen then.
+    def sized_by_all(self) -> bool:
+        """Whether :attr:`size_bits` are of everything held: of a cache that :attr:`counts_all`, or has none packed, as
+        what is packed says nothing of the tokens seen then.
         """
-        if self.packed_keys and not self.counts_all:
+        return self.counts_all or not self.packed_keys
+
+    @property
+    def size_bits(self) -> float:
+        """What caches are compared by: :attr:`bits`; of a cache that is :attr:`sized_by_all`, what :attr:`bits_held`
+        would be in a model of 16 bits.
+        """
+        if not self.sized_by_all:
             return self.bits
         beyond = (self.parts["sinks"] + self.parts["residual"]) * (1 - 2 / self.itemsize)
         return self.bits_held - 8 * beyond / max(self.elements, 1)

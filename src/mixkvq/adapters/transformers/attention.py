@@ -40,7 +40,7 @@ def attention_forward(
         query: ``[B, Hq, L, D]`` after RoPE.
         key, value: handles of a quantized layer, or tensors ``[B, Hkv, T, D]``.
         attention_mask: from :func:`.masks.build_mask`.
-        scaling: factor of the logits; ``D ** -0.5`` if None.
+        scaling: see :func:`logit_scaling`.
         softcap: soft cap of the logits (Gemma 2).
         s_aux: ``[Hq]`` attention sink logits (GPT-OSS).
 
@@ -51,8 +51,7 @@ def attention_forward(
         raise UnsupportedModelError("The packed cache does not take attention biases (position_bias).")
     if kwargs.get("output_attentions"):
         logger.warning_once("attn_implementation='mixkvq' does not return attention weights.")
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
+    scaling = logit_scaling(query, scaling)
     if isinstance(key, KVHandle):
         assert isinstance(value, KVHandle)
         tensors = query, key.tensor, value.tensor
@@ -75,6 +74,11 @@ def attention_forward(
     part = dense_attention(rows, key, value, visible, softcap)
     output = merge([part], sink_rows(s_aux, kv_heads, length)).view(batch, heads, length, -1)
     return output.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+def logit_scaling(query: Tensor, scaling: float | None) -> float:
+    """The factor of the logits of ``query [..., D]``: what the model says, or ``D ** -0.5`` if that is None."""
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 def _warn_if_stock(module: nn.Module, query: Tensor, key: Tensor) -> None:
