@@ -77,10 +77,19 @@ def check_plot(path: Path | None) -> None:
         raise InputError(str(error)) from error
 
 
-def draw_front(path: Path | None, points: Mapping[str, tuple[float, float]], x: str, y: str, *, log_y: bool) -> None:
-    """Draw what a search tried, if a picture was asked for."""
+def draw_front(
+    path: Path | None,
+    points: Mapping[str, tuple[float, float]],
+    x: str,
+    y: str,
+    *,
+    log_y: bool,
+    chosen: str,
+    limit: float,
+) -> None:
+    """Draw what a search tried, if a picture was asked for; arguments as :func:`front_figure` has them."""
     if path is not None:
-        save(front_figure(points, x, y, log_y=log_y), path)
+        save(front_figure(points, x, y, log_y=log_y, chosen=chosen, limit=limit), path)
         notes.print(f"Wrote {path}")
 
 

@@ -93,8 +93,10 @@ def kvtuner(
         found = best_within(points, bits)
         names = {_name(point): (point.bits, point.loss) for point in points}
         output.print(_clusters_line(clusters))
-        output.print(front_table("Pareto front", "pairs of the clusters", {_name(p): p for p in front(points)}, "KL"))
-        draw_front(plot, names, BITS, KL, log_y=True)
+        output.print(
+            front_table("Pareto front", "pairs of the clusters", {_name(p): p for p in front(points)}, "KL", BITS)
+        )
+        draw_front(plot, names, BITS, KL, log_y=True, chosen=_name(found), limit=bits)
         config = _config(network, base, clusters, found.params)
         judge = Judge(network, subject.judged, journal, "held out")
         results = {

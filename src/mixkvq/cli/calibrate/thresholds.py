@@ -58,6 +58,8 @@ from mixkvq.report.tables import front_table
 QUANTILE_WINDOWS, SEARCH_WINDOWS = 4, 1
 #: The axes of a front.
 CODE_BITS, WRONG = "code bits of a key channel", "wrong answers"
+#: What the points of a search are named by.
+SHARES = "shares in BF16 and UINT4"
 
 
 def thresholds(
@@ -135,8 +137,18 @@ def thresholds(
                 f"None of {problems} problems was answered right with any thresholds, which cannot be told apart then. "
                 "Ask more problems, allow longer answers (--max-new-tokens), or leave --problems out for KL on text."
             )
-        _show(points, plot, label, axis, log_y=scored is None)
+        shown = {_name(point): point for point in front(points)}
+        output.print(front_table(f"Pareto front of {len(points)} points", SHARES, shown, label, CODE_BITS))
         best = best_within(points, bits)
+        draw_front(
+            plot,
+            {_name(point): (point.bits, point.loss) for point in points},
+            CODE_BITS,
+            axis,
+            log_y=scored is None,
+            chosen=_name(best),
+            limit=bits,
+        )
         found = at_shares(ranked, **best.params)
         judge = Judge(network, subject.judged, journal, "held out")
         compared = compare(
@@ -212,15 +224,6 @@ def _search(
     with progress() as bar:
         task = bar.add_task("searching", total=tries)
         return search(sampler, space, measure, tries, first=[start], advance=lambda: bar.advance(task))
-
-
-def _show(points: list[Point], plot: Path | None, label: str, axis: str, *, log_y: bool) -> None:
-    """The front as a table, and all points as a picture."""
-    title = (
-        f"Pareto front of {len(points)} points; shares of channels in BF16 and UINT4, and code bits of a key channel"
-    )
-    output.print(front_table(title, "shares", {_name(point): point for point in front(points)}, label))
-    draw_front(plot, {_name(point): (point.bits, point.loss) for point in points}, CODE_BITS, axis, log_y=log_y)
 
 
 def _name(point: Point) -> str:
