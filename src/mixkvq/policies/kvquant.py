@@ -29,8 +29,8 @@ class KVQuant(KIVI):
     name = "kvquant"
     presets = {  # noqa: RUF012
         "kvquant-2": Preset(
-            "2 bits, keys before RoPE, 1% of outliers kept apart; uniform levels until `mixkvq calibrate kvquant` has "
-            "found others",
+            "2 bits, keys before RoPE, 1% of outliers kept apart, ranges of each block (the paper's are calibrated); "
+            "uniform levels until `mixkvq calibrate kvquant` has found others",
             SOURCE,
             FIELDS,
         ),

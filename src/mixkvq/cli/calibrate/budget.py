@@ -140,7 +140,7 @@ def budget(
         config = choice.config(base, subject.model)
         compared = compare(cache, judge, base, config)
         results = {**compared, "predicted": choice.predicted, "menu": dataclasses.asdict(menu)}
-        write(out, Calibration(config, "budget", about, results))
+        write(out, subject, Calibration(config, "budget", about, results))
 
 
 @dataclass(frozen=True)

@@ -47,4 +47,6 @@ def channels(
         config = with_layers(base, frozen_channels(saliences, base), subject.model)
         about = {"cache": cache, **subject.about}
         judge = Judge(subject.model, subject.judged, Trials(None, about), "held out")
-        write(out, Calibration(config, "channels", about, compare(cache, judge, base, config, "chosen by block")))
+        write(
+            out, subject, Calibration(config, "channels", about, compare(cache, judge, base, config, "chosen by block"))
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ class Subject:
         searched: windows ``[N, W]`` to calibrate on.
         judged: others ``[M, W]``, on which it is checked what was found.
         about: all of this, for trials and files.
+        started: when the model was loaded, in seconds of :func:`time.monotonic`.
     """
 
     model: PreTrainedModel
@@ -121,6 +123,7 @@ class Subject:
     searched: Tensor
     judged: Tensor
     about: dict[str, Any]
+    started: float
 
 
 def load_subject(
@@ -146,6 +149,7 @@ def load_subject(
         CalibrationError: there is one window alone.
     """
     network, tokenizer = load_model(model, parse_dtype(dtype), device)
+    started = time.monotonic()
     texts = read_windows(tokenizer, text, window, 2 * count)
     if max(map(len, texts)) < 2:
         raise CalibrationError(
@@ -165,7 +169,7 @@ def load_subject(
         "weights": fingerprint.of_weights(network),
         "tokens": fingerprint.of_tokens([searched, judged]),
     }
-    return Subject(network, tokenizer, searched, judged, about)
+    return Subject(network, tokenizer, searched, judged, about, started)
 
 
 def _in_turns(windows: Tensor) -> tuple[Tensor, ...]:
@@ -200,8 +204,11 @@ def compare(
     return {plain: before, "found": after}
 
 
-def write(out: Path, calibration: Calibration) -> None:
-    """Write a calibration with the versions it was made by, and say how to use it."""
-    about = {**calibration.about, **environment()}
+def write(out: Path, subject: Subject, calibration: Calibration) -> None:
+    """Write a calibration with what it took and the versions it was made by, and say how to use it."""
+    took = {"seconds": round(time.monotonic() - subject.started, 1)}
+    if subject.model.device.type == "cuda":
+        took["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(subject.model.device)
+    about = {**calibration.about, **took, **environment()}
     Calibration(calibration.config, calibration.kind, about, calibration.results).write(out)
     output.print(f"Wrote {out}; use it with --cache {out}", soft_wrap=True)

@@ -60,4 +60,4 @@ def kvmix(
             output.print(f"{name}: layers {', '.join(str(i) for i, own in fields.items() if bits in own)}")
         judge = Judge(subject.model, subject.judged, journal, "held out")
         results = {"key_norms": keys, "value_norms": values, **compare("kvmix", judge, base, config)}
-        write(out, Calibration(config, "kvmix", subject.about, results))
+        write(out, subject, Calibration(config, "kvmix", subject.about, results))

@@ -55,4 +55,4 @@ def kvquant(
         config = with_layers(base, fields, subject.model)
         about = {"cache": cache, **subject.about, "seed": seed}
         judge = Judge(subject.model, subject.judged, Trials(None, about), "held out")
-        write(out, Calibration(config, "kvquant", about, compare(cache, judge, base, config)))
+        write(out, subject, Calibration(config, "kvquant", about, compare(cache, judge, base, config)))

@@ -107,7 +107,7 @@ def kvtuner(
             **compare("kvtuner", judge, base, config),
         }
         search_of = {"bits": bits, "tries": tries, "seed": seed, "population": POPULATION, "similar": SIMILAR}
-        write(out, Calibration(config, "kvtuner", {**subject.about, **search_of}, results))
+        write(out, subject, Calibration(config, "kvtuner", {**subject.about, **search_of}, results))
 
 
 def _search(

@@ -115,7 +115,7 @@ def pm_kvq(
                 f"Saved the model with SmoothAttention to {smooth}: use it with --model {smooth}", soft_wrap=True
             )
         results = {"widths": wanted, "bits": sizes, "sensitivities": found, **compared}
-        write(out, Calibration(config, "pm-kvq", {**about, "bits": bits}, results))
+        write(out, subject, Calibration(config, "pm-kvq", {**about, "bits": bits}, results))
 
 
 def check_smooth(folder: Path | None) -> None:

@@ -162,7 +162,7 @@ def thresholds(
             **compared,
         }
         about = {**measured, "bits": bits, "seed": seed, "tries": tries}
-        write(out, Calibration(found.config(network), "thresholds", about, results))
+        write(out, subject, Calibration(found.config(network), "thresholds", about, results))
 
 
 def _print_quantiles(found: Thresholds, model: str, json_file: Path | None) -> None:
