@@ -1,4 +1,4 @@
-"""MixKVQ: a KV cache of 2 to 3 bits for transformers that keeps the answers (arXiv 2512.19206).
+"""MixKVQ: a KV cache of 2 to 3 bits for transformers (arXiv 2512.19206).
 
 Importing this package registers ``attn_implementation="mixkvq"``.
 """

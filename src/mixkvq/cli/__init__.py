@@ -14,7 +14,7 @@ from mixkvq.cli.retrieval import retrieval
 
 app = typer.Typer(
     name="mixkvq",
-    help="A KV cache of 2 to 3 bits for Hugging Face transformers that keeps the answers.",
+    help="A KV cache of 2 to 3 bits for Hugging Face transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
