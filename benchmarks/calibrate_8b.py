@@ -2,7 +2,7 @@
 
 From the repository's root, on a GPU of 48 GB or more::
 
-    python benchmarks/calibrate_8b.py benchmarks/h100/calibrate_8b.json
+    python benchmarks/calibrate_8b.py benchmarks/h100/calibrate_8b.json [--only budget --only kvmix]
 
 The model has the shape of Llama-3.1-8B and random weights, so times and bytes are real and what is found means nothing.
 Its tokenizer is trained on Python's language reference in a second.
@@ -10,6 +10,7 @@ Its tokenizer is trained on Python's language reference in a second.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -20,10 +21,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mixkvq.bench.shapes import random_model
+from mixkvq.bench.shapes import SHAPES, random_model
 from mixkvq.evaluate.texts import read_text
 
-SHAPE = "llama-3.1-8b"
 #: Commands with their default settings, but for how long searches are: those take as long as they are asked to.
 COMMANDS = {
     "budget": [],
@@ -63,13 +63,18 @@ def measure(command: str, options: list[str], folder: Path) -> dict[str, object]
 
 def main() -> None:
     """The command line."""
-    out, shape = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else SHAPE
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("results", type=Path, help="the JSON file; rows of other commands that it has are kept")
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
+    parser.add_argument("--only", action="append", choices=COMMANDS, help="run this one; may be repeated")
+    arguments = parser.parse_args()
+    out, wanted = arguments.results, arguments.only or list(COMMANDS)
+    before = json.loads(out.read_text()) if out.exists() else []
+    rows = [row for row in before if row["command"] not in wanted]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_model(folder, shape)
-        rows = []
-        for command, options in COMMANDS.items():
-            rows.append({"shape": shape, **measure(command, options, folder)})
+        save_model(Path(name), arguments.shape)
+        for command in wanted:
+            rows.append({"shape": arguments.shape, **measure(command, COMMANDS[command], Path(name))})
             out.write_text(json.dumps(rows, indent=2) + "\n")
     sys.exit(any("failed" in row for row in rows))
 

@@ -119,3 +119,14 @@ def test_the_measurements_of_the_documentation_are_commands(monkeypatch: pytest.
         context = command.make_context(line, words)
         for cache in context.params["cache"] or []:
             MixKVQConfig.parse(cache)
+
+
+def test_a_random_model_can_be_calibrated(tmp_path: Path):
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "calibrate_8b.py"))
+    for command, options in script["COMMANDS"].items():
+        found = typer.main.get_command(app).commands["calibrate"].commands[command]
+        assert found.make_context(command, ["out.json", *options])
+    script["save_model"](tmp_path, "tiny")
+    row = script["measure"]("channels", ["--window", "300", "--windows", "1"], tmp_path)
+    assert row["command"] == "channels"
+    assert row["seconds"] > 0
