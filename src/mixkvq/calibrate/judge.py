@@ -37,7 +37,7 @@ class Judge:
         return [reference_log_probs(self.model, window) for window in self.windows.to(self.model.device)]
 
     def __call__(self, config: MixKVQConfig, advance: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """KL, perplexity, honest bits, and bits of codes.
+        """KL, perplexity, bits of codes, and the honest ones that caches are compared by.
 
         Args:
             advance: called after each pass.
@@ -45,7 +45,7 @@ class Judge:
 
         def read() -> dict[str, float]:
             row = fidelity(self.model, self.windows, {"": config}, lambda _: advance(), self._references)[0]
-            names = ("kl", "bits", "perplexity", "key_bits_codes", "value_bits_codes")
-            return {name: getattr(row, name) for name in names}
+            names = ("kl", "perplexity", "key_bits_codes", "value_bits_codes")
+            return {**{name: getattr(row, name) for name in names}, "bits": row.size_bits}
 
         return self.trials.once(key_of(self.part, config), read)

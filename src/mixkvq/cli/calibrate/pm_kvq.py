@@ -77,28 +77,12 @@ def pm_kvq(
         sizes = [packed_memory(subject.model, at_width(base, width), first).bits for width in wanted]
         bits = (min(sizes) + max(sizes)) / 2 if bits is None else bits
         check_goal(bits, wanted, sizes)
-        about = {
-            **subject.about,
-            "config": base.as_dict(),
-            "tokens_of_a_full_cache": tokens,
-            "stretch": stretch,
-            "widths": wanted,
-        }
+        about = {**subject.about, "config": base.as_dict(), "stretch": stretch, "widths": wanted}
         if smooth is not None:
             _smooth(subject, base)
             about |= {"smooth": smooth.name, "weights": fingerprint.of_weights(subject.model)}
         journal = Trials(trials, about)
-        with progress() as bar:
-            task = bar.add_task("gradients", total=len(subject.searched))
-            found = sensitivities(
-                subject.model,
-                base,
-                subject.searched,
-                wanted,
-                journal,
-                stretch=stretch,
-                advance=lambda: bar.advance(task),
-            )
+        found = _sensitivities(subject, base, wanted, journal, stretch)
         last = last_widths(found, sizes, wanted, bits)
         fields = {layer: {"key_bits": width, "value_bits": width} for layer, width in last.items()}
         config = with_layers(base, fields, subject.model)
@@ -134,3 +118,20 @@ def _smooth(subject: Subject, base: MixKVQConfig) -> None:
         folding = bar.add_task("smoothing", total=len(quantized_layers(subject.model)))
         first = subject.searched[0].to(subject.model.device)
         smooth_attention(subject.model, first, base, lambda: bar.advance(folding))
+
+
+def _sensitivities(
+    subject: Subject, base: MixKVQConfig, widths: list[int], journal: Trials, stretch: float
+) -> dict[int, list[float]]:
+    """Of each layer at each width, with a progress bar."""
+    with progress() as bar:
+        task = bar.add_task("gradients", total=len(subject.searched))
+        return sensitivities(
+            subject.model,
+            base,
+            subject.searched,
+            widths,
+            journal,
+            stretch=stretch,
+            advance=lambda: bar.advance(task),
+        )
