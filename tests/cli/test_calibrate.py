@@ -238,7 +238,7 @@ def test_thresholds_searched_on_right_answers(reckoner: Path, solvable: Path, tm
         (("thresholds", "OUT", "--problems", 1, "--data-dir", "EMPTY"), "There is no gsm8k_train.jsonl in"),
         (("thresholds", "OUT", "--problems", 0, "--data-dir", "PROBLEMS"), "0 problems: ask for at least one"),
         (("thresholds", "OUT", "--problems", 1, "--data-dir", "UNANSWERED"), "is no problem: it takes an 'answer'"),
-        (("thresholds", "OUT", *UNSOLVED, "--tries", 1), "None of 2 problems was answered right with any"),
+        (("thresholds", "OUT", *UNSOLVED, "--tries", 1), "None of the problems was answered right with any"),
         (("budget", "OUT", *UNSOLVED, "--lost", 1), "None of 2 problems is answered right in full precision"),
     ],
 )

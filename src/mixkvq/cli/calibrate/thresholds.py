@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from mixkvq.cli.calibrate.common import (
     DtypeOption,
     PlotOption,
     SeedOption,
+    Subject,
     TrialsOption,
     check_out,
     check_plot,
@@ -119,36 +121,16 @@ def thresholds(
         check_tries(tries)
         scored = exam(problems, data_dir, batch, max_new_tokens)
         subject = load_subject(model, dtype, device, text, window, count)
-        network, searched = subject.model, subject.searched
+        network = subject.model
         measured = {**subject.about, **about_exam(scored, data_dir)}
         journal = Trials(trials, measured)
-        ranked = _saliences(network, searched)
+        ranked = _saliences(network, subject.searched)
         if scored is None:
-            score, label, axis = _by_text(network, searched, journal), "KL", KL
+            yardstick = _by_text(subject, journal)
         else:
-            score, label, axis = (
-                _by_answers(scored.examiner(network, subject.tokenizer, model, dtype, journal)),
-                WRONG,
-                WRONG,
-            )
-        points = _search(network, ranked, score, largest_shares(bits), start, seed, tries)
-        if scored is not None and all(point.loss == 1 for point in points):
-            raise CalibrationError(
-                f"None of {problems} problems was answered right with any thresholds, which cannot be told apart then. "
-                "Ask more problems, allow longer answers (--max-new-tokens), or leave --problems out for KL on text."
-            )
-        shown = {_name(point): point for point in front(points)}
-        output.print(front_table(f"Pareto front of {len(points)} points", SHARES, shown, label, CODE_BITS))
-        best = best_within(points, bits)
-        draw_front(
-            plot,
-            {_name(point): (point.bits, point.loss) for point in points},
-            CODE_BITS,
-            axis,
-            log_y=scored is None,
-            chosen=_name(best),
-            limit=bits,
-        )
+            yardstick = _by_answers(scored.examiner(network, subject.tokenizer, model, dtype, journal))
+        points = _search(network, ranked, yardstick.score, largest_shares(bits), start, seed, tries)
+        best = _best(points, yardstick, bits, plot)
         found = at_shares(ranked, **best.params)
         judge = Judge(network, subject.judged, journal, "held out")
         compared = compare(
@@ -157,7 +139,7 @@ def thresholds(
         write_json(json_file, [{**point.as_dict(), **measured, **environment()} for point in points])
         results = {
             **dataclasses.asdict(found),
-            "score": label,
+            "score": yardstick.loss,
             "front": [point.as_dict() for point in front(points)],
             **compared,
         }
@@ -190,18 +172,55 @@ def _saliences(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 Score = Callable[[MixKVQConfig, Thresholds], tuple[float, float]]
 
 
-def _by_text(model: PreTrainedModel, tokens: Tensor, journal: Trials) -> Score:
-    judge = Judge(model, tokens, journal, "searched", keep=True)
+@dataclass(frozen=True)
+class Yardstick:
+    """What thresholds are compared by.
+
+    Attributes:
+        score: bits and loss.
+        loss: its name in tables and files.
+        axis: its name in pictures.
+    """
+
+    score: Score
+    loss: str
+    axis: str
+
+
+def _by_text(subject: Subject, journal: Trials) -> Yardstick:
+    judge = Judge(subject.model, subject.searched, journal, "searched", keep=True)
 
     def score(config: MixKVQConfig, _: Thresholds) -> tuple[float, float]:
         row = judge(config)
         return row["key_bits_codes"], row["kl"]
 
-    return score
+    return Yardstick(score, "KL", KL)
 
 
-def _by_answers(examiner: Examiner) -> Score:
-    return lambda config, found: (found.bits, 1 - examiner(config))
+def _by_answers(examiner: Examiner) -> Yardstick:
+    return Yardstick(lambda config, found: (found.bits, 1 - examiner(config)), WRONG, WRONG)
+
+
+def _best(points: list[Point], yardstick: Yardstick, bits: float, plot: Path | None) -> Point:
+    """The best of at most so many bits; the front as a table, and all points as a picture."""
+    if yardstick.loss == WRONG and all(point.loss == 1 for point in points):
+        raise CalibrationError(
+            "None of the problems was answered right with any thresholds, which cannot be told apart then. Ask more "
+            "problems, allow longer answers (--max-new-tokens), or leave --problems out for KL on text."
+        )
+    shown = {_name(point): point for point in front(points)}
+    output.print(front_table(f"Pareto front of {len(points)} points", SHARES, shown, yardstick.loss, CODE_BITS))
+    best = best_within(points, bits)
+    draw_front(
+        plot,
+        {_name(point): (point.bits, point.loss) for point in points},
+        CODE_BITS,
+        yardstick.axis,
+        log_y=yardstick.axis == KL,
+        chosen=_name(best),
+        limit=bits,
+    )
+    return best
 
 
 def _search(
