@@ -48,7 +48,7 @@ def test_names_cover_neither_each_other_nor_points():
 def test_a_search_s_picture_numbers_its_front_and_marks_what_was_chosen():
     pytest.importorskip("matplotlib")
     front = {f"8/4 4/4 2/2 {i}": (2 + i / 40, 0.9**i) for i in range(12)}
-    worse = {f"worse {i}": (2 + i / 30, 1.2 * 0.9**i) for i in range(8)}
+    worse = {f"worse {i}": (2 + i / 30, 1.2 * 0.9**i) for i in range(40)}
     chosen = "8/4 4/4 2/2 5"
     figure = front_figure(front | worse, "bits", "KL", log_y=True, chosen=chosen, limit=2.13)
     figure.canvas.draw()
@@ -60,6 +60,16 @@ def test_a_search_s_picture_numbers_its_front_and_marks_what_was_chosen():
     assert {x for x, _ in marks["asked for: 2.13"]} == {2.13}
     boxes = [text.get_window_extent() for text in axes.texts]
     assert not any(a.overlaps(b) for at, a in enumerate(boxes) for b in boxes[:at])
+
+
+def test_few_points_are_all_numbered():
+    pytest.importorskip("matplotlib")
+    points = {"best": (2.0, 0.5), "worse": (2.5, 0.7), "wide": (3.0, 0.1)}
+    figure = front_figure(points, "bits", "KL", log_y=True)
+    (axes,), (listed,) = figure.axes, figure.legends
+    assert [text.get_text() for text in listed.get_texts()] == ["1  best", "2  worse", "3  wide"]
+    assert len({text.get_color() for text in listed.get_texts()}) == 2  # the front, and the others
+    assert {text.get_text() for text in axes.texts} == {"1", "2", "3"}
 
 
 def test_nothing_but_the_front_is_in_a_search_s_picture_without_a_choice():

@@ -26,8 +26,8 @@ LETTER, LINE = 4.4, 9.0
 OFFSETS = ((6, 3), (6, -6), (6, 12), (6, -15), (-6, 3), (-6, -6), (6, 21), (-6, 12), (6, -24), (-6, -15))
 #: The same for a number of the front, below and left of which there are neither points nor the front's line.
 BELOW = ((-3, -10), (-6, -6), (-2, -19), (-12, -10), (-12, -1), (-12, -19), (-2, -28), *OFFSETS)
-#: Names that have room in a column beside the axes.
-COLUMN = 28
+#: Names that have room in a column beside the axes, and points that are all numbered; of more, those of the front.
+COLUMN, MAX_NUMBERS = 28, 40
 
 
 def fidelity_figures(rows: Sequence[Row]) -> dict[str, Figure]:
@@ -111,8 +111,8 @@ def front_figure(
         log_y: whether the second is logarithmic.
         chosen: the name of a point to mark.
         limit: of the first coordinate, what was asked for; drawn as a line.
-        numbered: number the points of the front, and the chosen one, and list their names beside the axes: names are
-            long, or points many. Otherwise all have their names beside them.
+        numbered: number points, and list their names beside the axes: names are long, or points many. Otherwise all
+            have their names beside them.
 
     Raises:
         KeyError: no point has the chosen name.
@@ -151,11 +151,13 @@ def _mark(axes: Axes, chosen: tuple[float, float] | None, limit: float | None) -
 def _number_points(
     axes: Axes, points: Mapping[str, tuple[float, float]], front: Sequence[str], chosen: str | None
 ) -> None:
-    """Number the points of the front and the chosen one from left to right, and list their names beside the axes."""
+    """Number points from left to right, and list their names beside the axes, the front's in its colour; of many points
+    those of the front and the chosen one.
+    """
     from matplotlib.lines import Line2D
 
-    named = {*front} if chosen is None else {*front, chosen}
-    order = sorted(named, key=lambda name: points[name])
+    named = {*points} if len(points) <= MAX_NUMBERS else {*front, *([] if chosen is None else [chosen])}
+    order = sorted(named, key=lambda name: (points[name], name))
     figure = axes.get_figure(root=True)
     assert figure is not None
     lines, columns = [f"{number}  {name}" for number, name in enumerate(order, 1)], -(-len(order) // COLUMN)
@@ -172,8 +174,11 @@ def _number_points(
         handletextpad=0,
         labelspacing=0.3,
     )
-    if chosen is not None:
-        listed.get_texts()[order.index(chosen)].set_color(COLOURS[1])
+    colours = dict.fromkeys(front, COLOURS[0]) | ({} if chosen is None else {chosen: COLOURS[1]})
+    for name, text in zip(order, listed.get_texts(), strict=True):
+        text.set_color(colours.get(name, GREY))
     axes.margins(y=0.1)  # there are numbers below the last point
-    numbers = {str(number): points[name] for number, name in enumerate(order, 1)}
-    _name_points(axes, numbers, [place for name, place in points.items() if name not in named], BELOW)
+    numbers = {name: str(number) for number, name in enumerate(order, 1)}
+    for names, offsets in (({*front}, BELOW), (named - {*front}, OFFSETS)):
+        others = [place for name, place in points.items() if name not in names]
+        _name_points(axes, {numbers[name]: points[name] for name in order if name in names}, others, offsets)
