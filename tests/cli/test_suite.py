@@ -48,7 +48,7 @@ def test_names_cover_neither_each_other_nor_points():
 def test_a_search_s_picture_numbers_its_front_and_marks_what_was_chosen():
     pytest.importorskip("matplotlib")
     front = {f"8/4 4/4 2/2 {i}": (2 + i / 40, 0.9**i) for i in range(12)}
-    worse = {f"worse {i}": (2 + i / 30, 1.2 * 0.9**i) for i in range(40)}
+    worse = {f"worse {i}": (2 + i / 30, 1.2 * 0.99**i) for i in range(40)}
     chosen = "8/4 4/4 2/2 5"
     figure = front_figure(front | worse, "bits", "KL", log_y=True, chosen=chosen, limit=2.13)
     figure.canvas.draw()
