@@ -99,7 +99,7 @@ def budget(
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
 ) -> None:
-    """Which layers' keys and values earn more bits: settings by layer, better at the same size."""
+    """The one to begin with: which layers' keys and values earn more bits, so that all are better at the same size."""
     with clean_exit(), kept(trials):
         check_out(out, trials, text)
         needed(SOLVER)
