@@ -186,7 +186,7 @@ class MixKVQConfig:
 
         In place of a preset's name, that of a file: a calibration (:mod:`mixkvq.calibrate.file`) or a configuration.
         """
-        name, _, rest = text.strip().partition(":")
+        name, rest = split_overrides(text)
         overrides: dict[str, Any] = {}
         for item in filter(None, (part.strip() for part in rest.split(","))):
             field, equals, value = item.partition("=")
@@ -270,6 +270,18 @@ class Preset:
     summary: str
     source: str
     fields: dict[str, Any]
+
+
+def split_overrides(text: str) -> tuple[str, str]:
+    """The name of a preset or file, and the overrides after its colon; a file's name may have colons itself."""
+    text = text.strip()
+    if text.endswith(".json"):
+        return text, ""
+    file, found, rest = text.rpartition(".json:")
+    if found:
+        return f"{file}.json", rest
+    name, _, rest = text.partition(":")
+    return name, rest
 
 
 def all_presets() -> dict[str, Preset]:

@@ -12,11 +12,10 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; ``path`` is what it was.
     """
-    if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # a link stays one, such as /dev/stdout
         path.write_text(text, encoding="utf-8")
         return
-    path = path.resolve()  # a link stays one
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{os.getpid()}.tmp")
     try:
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)

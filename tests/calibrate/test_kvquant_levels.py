@@ -19,7 +19,7 @@ SMALL = MixKVQConfig.parse("kvquant-2:residual_length=16,key_group=16,sinks=1,ou
 def tape(keys: torch.Tensor, values: torch.Tensor, key_gradients: torch.Tensor, value_gradients: torch.Tensor) -> Tape:
     """A recording of one layer with one head; tensors are ``[T, D]``."""
     x = [each[None, None] for each in (keys, values, key_gradients, value_gradients)]
-    return Tape((0,), x[0], x[0], x[1], x[2][None], x[3][None], 1)
+    return Tape((0,), x[0], x[0], x[1], x[2][None], x[3][None], scored=1, attention=({},))
 
 
 def counted(histogram: torch.Tensor) -> dict[int, float]:
@@ -91,7 +91,7 @@ def test_fitted_levels_cost_no_bits_and_less_quality():
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("bf16", ConfigError, "key_levels is none, or for 16 bits"),
+        ("bf16", CalibrationError, "this cache leaves keys or values as they are"),
         ("default", ConfigError, "key_levels are made for the whole range of a group"),
         ("rotatekv-4:key_clip=false,value_clip=false", CalibrationError, "set both rotations to none"),
     ],

@@ -131,7 +131,11 @@ def test_sizes_are_those_of_the_real_cache():
         Sizes.of(model, BASE, tokens[0], exact=[2])
 
 
-@pytest.mark.parametrize("bits", [2.3, float("nan"), float("inf"), -1])
+@pytest.mark.parametrize("bits", [2.3, float("nan"), -1])
 def test_bits_that_no_options_come_to(bits: float):
     with pytest.raises(CalibrationError, match=r"bits are below the floor of 2.38"):
         SIZES.check(bits)
+
+
+def test_more_bits_than_there_are_come_to_the_largest_options():
+    assert MENU.choose(float("inf")).bits == SIZES.ceiling == 8.25

@@ -1,6 +1,7 @@
 """Trials: kept whole through an interruption, refused for anything else, and without Optuna where nothing is kept."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,19 @@ def test_a_journal_that_was_cut_short_loses_its_last_trial_alone(tmp_path: Path,
     assert kept(journal, 6) == []
 
 
-@pytest.mark.parametrize("content", [b"{}\n{}\n", b"no journal\n", b"\xff\xfe\n", b"5\n", b"no line", b'{"op_code":0'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{}\n{}\n",
+        b"no journal\n",
+        b"\xff\xfe\n",
+        b"5\n",
+        b"no line",
+        b'{"op_code":0',
+        b'{"op_code":99}\n',
+        b"[" * 10**5,
+    ],
+)
 def test_what_is_no_journal_is_refused_and_left_alone(tmp_path: Path, content: bytes):
     journal = tmp_path / "trials"
     journal.write_bytes(content)
@@ -51,6 +64,32 @@ def test_trials_of_other_settings_are_refused(tmp_path: Path):
     kept(journal, 1)
     with pytest.raises(CalibrationError, match=r"holds trials of other settings \(text, window\)"):
         Trials(journal, {"text": "b"})
+    with pytest.raises(CalibrationError, match=r"of other settings \(problems\)"):
+        Trials(journal, {**ABOUT, "problems": None})
+    Trials(journal, ABOUT)
+
+
+def test_trials_that_meant_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    journal = tmp_path / "trials"
+    kept(journal, 1)
+    monkeypatch.setattr("mixkvq.calibrate.trials.MEANING", 99)
+    with pytest.raises(CalibrationError, match=r"of other settings \(meaning\)"):
+        Trials(journal, ABOUT)
+
+
+def test_settings_come_back_as_json_has_them(tmp_path: Path):
+    about = {"levels": (0.0, 1.5), "layers": {1: "a"}}
+    for _ in range(2):
+        Trials(tmp_path / "trials", about)
+
+
+def test_a_lock_that_was_left_over_holds_nobody_for_long(tmp_path: Path):
+    journal = tmp_path / "trials"
+    kept(journal, 2)
+    (tmp_path / "trials.lock").touch()
+    start = time.monotonic()
+    assert kept(journal, 3) == [2]
+    assert time.monotonic() - start < 15
 
 
 def test_nothing_is_kept_without_optuna(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

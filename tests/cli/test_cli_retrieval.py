@@ -65,7 +65,7 @@ def test_all_kinds_by_default(chat: Path):
         (("--batch", 0), "--batch 0: ask for at least one"),
         (("--json", "no/such/folder/x.json"), "there is no folder"),
         (("--plot", "no/such/folder/x.svg"), "there is no folder"),
-        (("--plot", "map.jpg"), "--plot map.jpg: a picture's name ends in .png or .svg"),
+        (("--plot", "map.jpg"), "'map.jpg': a picture's name ends in .png or .svg"),
         (("--length", 5000), "--length 5000 is longer than the model's context of 4096 tokens"),
         (("--length", 300), "--length 300 is too short for --kind needle"),
         (("--text", "nowhere.txt"), "Cannot read the text 'nowhere.txt'"),
@@ -92,5 +92,5 @@ def test_without_matplotlib(chat: Path, monkeypatch: pytest.MonkeyPatch):
     def missing(_: object) -> None:
         raise PlotError('Pictures take the "plots" extra: pip install "mixkvq[plots]".')
 
-    monkeypatch.setattr(RETRIEVAL, "new_figure", missing)
+    monkeypatch.setattr("mixkvq.cli.common.new_figure", missing)
     assert 'pip install "mixkvq[plots]"' in complaint("--model", chat, "--plot", "map.svg")

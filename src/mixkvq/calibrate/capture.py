@@ -77,6 +77,8 @@ def record(
             gradients = [
                 torch.autograd.grad(loss, inputs, retain_graph=i + 1 < len(losses)) for i, loss in enumerate(losses)
             ]
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise CalibrationError(
                 "This calibration needs gradients, and none come through the model (weights left quantized?): "

@@ -21,6 +21,18 @@ from mixkvq.policies.tiers import promote_top
 from mixkvq.quant.salience import QueryStatistics
 
 
+def check_base(base: MixKVQConfig) -> None:
+    """Refuse a configuration that ranks no channels, or not alike in all layers.
+
+    Raises:
+        CalibrationError: it does not.
+    """
+    if base.policy != MixKVQ.name or base.budget is None or base.layers:
+        raise CalibrationError(
+            "Channels are frozen for a cache that ranks them within a budget, such as default, and alike in all layers."
+        )
+
+
 @torch.inference_mode()
 def mean_saliences(
     model: PreTrainedModel, windows: Tensor, base: MixKVQConfig, advance: Callable[[], None] = lambda: None
@@ -37,10 +49,7 @@ def mean_saliences(
     Raises:
         CalibrationError: the configuration ranks no channels, or the windows do not hold a block.
     """
-    if base.policy != MixKVQ.name or base.budget is None or base.layers:
-        raise CalibrationError(
-            "Channels are frozen for a cache that ranks them within a budget, such as default, and alike in all layers."
-        )
+    check_base(base)
     if windows.shape[1] < base.sinks + base.residual_length:
         raise CalibrationError(
             f"Windows of {windows.shape[1]} tokens do not hold {base.sinks} sinks and a block of "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixkvq.config import ConfigError, MixKVQConfig
+from mixkvq.config import ConfigError, MixKVQConfig, split_overrides
 from mixkvq.files import write_whole
 
 FORMAT = "mixkvq calibration 1"
@@ -90,20 +90,20 @@ def shipped() -> list[str]:
     return sorted(path.name for path in SHIPPED.glob("*.json"))
 
 
-def calibrated_weights(name: str) -> str | None:
-    """The :func:`mixkvq.calibrate.fingerprint.of_weights` that a cache was calibrated on.
+def read_about(name: str) -> dict[str, Any]:
+    """What a calibration was made of: :attr:`Calibration.about`.
 
     Args:
         name: as :meth:`MixKVQConfig.parse` reads it.
 
     Returns:
-        None for a preset, and for a file that does not say.
+        Nothing for a preset, and for a file that does not say.
     """
-    path = Path(name.partition(":")[0].strip())
+    path = Path(split_overrides(name)[0])
     if path.suffix != ".json":
-        return None
+        return {}
     about = _load(_found(path)).get("about")
-    return about.get("weights") if isinstance(about, dict) else None
+    return about if isinstance(about, dict) else {}
 
 
 def _found(path: Path) -> Path:
@@ -120,7 +120,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise ConfigError(f"There is no file '{path}'.{known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"'{path}' is not JSON; was it cut short? {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"'{path}' holds no configuration: that is a JSON object of fields.")

@@ -55,10 +55,8 @@ def gradient_norms(
 def _projections(model: PreTrainedModel, layers: list[int]) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
     found = {}
     for module in model.modules():
-        layer, parts = (
-            getattr(module, "layer_idx", None),
-            [getattr(module, name, None) for name in ("k_proj", "v_proj")],
-        )
+        layer = getattr(module, "layer_idx", None)
+        parts = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
         weights = [getattr(part, "weight", None) for part in parts]
         if isinstance(layer, int) and all(isinstance(part, nn.Linear) for part in parts):
             found[layer] = tuple(weights)

@@ -14,7 +14,7 @@ from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.config import MixKVQConfig
 from mixkvq.layers.recipe import LayerShape, Recipe
 from mixkvq.policies import policy_class
-from mixkvq.quant.block import QuantizedKeys, QuantizedValues
+from mixkvq.quant.block import DENSE_BITS, QuantizedKeys, QuantizedValues
 from mixkvq.quant.levels import Levels, count, fit_levels, new_histogram, steps
 from mixkvq.quant.rope import Rope
 
@@ -23,9 +23,11 @@ def check_base(base: MixKVQConfig) -> None:
     """Refuse a configuration that cannot have levels.
 
     Raises:
-        ConfigError: of keys or values that are not quantized, or of what does not go with levels.
-        CalibrationError: it rotates them, or has settings by layer.
+        ConfigError: of what does not go with levels.
+        CalibrationError: it does not quantize keys or values, rotates them, or has settings by layer.
     """
+    if DENSE_BITS in (base.key_bits, base.value_bits):
+        raise CalibrationError("Levels are of codes, and this cache leaves keys or values as they are: choose another.")
     base.replace(**{f"{kind}_levels": tuple(range(1 << getattr(base, f"{kind}_bits"))) for kind in ("key", "value")})
     if "hadamard" in (base.key_rotation, base.value_rotation):
         raise CalibrationError("Levels are calibrated for keys and values as they are: set both rotations to none.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +108,7 @@ class Sizes:
         Raises:
             CalibrationError: it is below the floor, or no number.
         """
-        if math.isfinite(bits) and bits >= self.floor:
+        if bits >= self.floor:
             return
         words = (
             f"{bits:.3g} bits are below the floor of {self.floor:.3g}: keys of {min(KEY_BUDGETS)} code bits take "
@@ -140,6 +139,7 @@ class Menu:
             CalibrationError: below the floor.
         """
         self.sizes.check(bits)
+        bits = min(bits, self.sizes.ceiling)
         layers, count = self.sizes.layers, len(self.sizes.layers)
         costs = [*self.keys, *self.values]
         sizes = [self.sizes.key_bits] * count + [self.sizes.value_bits] * count

@@ -25,6 +25,16 @@ from mixkvq.evaluate.fidelity import appends
 FIRST = 128
 
 
+def check_stretch(factor: float) -> None:
+    """Refuse what positions cannot advance by.
+
+    Raises:
+        CalibrationError: it is not above 0, or no number.
+    """
+    if not (math.isfinite(factor) and factor > 0):
+        raise CalibrationError(f"--stretch {factor:g}: positions advance by a factor above 0.")
+
+
 @contextmanager
 def stretched(model: PreTrainedModel, factor: float) -> Iterator[None]:
     """While it lasts, positions advance by ``factor``, so that short texts reach as far as long ones.
@@ -32,8 +42,7 @@ def stretched(model: PreTrainedModel, factor: float) -> Iterator[None]:
     Raises:
         CalibrationError: the model has no rotary embedding.
     """
-    if not (math.isfinite(factor) and factor > 0):
-        raise CalibrationError(f"--stretch {factor:g}: positions advance by a factor above 0.")
+    check_stretch(factor)
     names = {name: name.rpartition(".")[2] for name, _ in model.named_buffers()}
     # Layers of different kinds have frequencies of their own; the original ones are what these are reset to.
     frequencies = [
@@ -124,7 +133,7 @@ def check_goal(mean: float, widths: Sequence[int], bits: Sequence[float]) -> Non
         CalibrationError: it is below the floor, or no number.
     """
     floor = min(bits)
-    if not math.isfinite(mean) or mean < floor:
+    if not mean >= floor:
         raise CalibrationError(
             f"{mean:.3g} bits are below the floor of {floor:.3g}: {min(widths)}-bit codes with their scales and zeros."
         )
@@ -139,5 +148,5 @@ def last_widths(
         CalibrationError: not even the smallest widths are within it.
     """
     check_goal(mean, widths, bits)
-    chosen = allocate(list(found.values()), [list(bits)] * len(found), mean * len(found) + 1e-9)
+    chosen = allocate(list(found.values()), [list(bits)] * len(found), min(mean, max(bits)) * len(found) + 1e-9)
     return {layer: widths[at] for layer, at in zip(found, chosen, strict=True)}

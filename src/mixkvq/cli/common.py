@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +31,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.adapters.transformers import UnsupportedModelError
-from mixkvq.calibrate.file import calibrated_weights
+from mixkvq.adapters.transformers.support import model_shape
+from mixkvq.calibrate.file import read_about
 from mixkvq.calibrate.fingerprint import of_weights
 from mixkvq.config import ConfigError, MixKVQConfig
 from mixkvq.evaluate.chains import ChatTemplateError
@@ -40,6 +41,7 @@ from mixkvq.evaluate.fidelity import WARM_UP
 from mixkvq.evaluate.texts import BUILT_IN, TextError, windows
 from mixkvq.files import write_whole
 from mixkvq.models import DEFAULT_MODEL, ModelError, check_adapter, load
+from mixkvq.report.figures import PlotError, check_format, new_figure
 from mixkvq.store.books import CacheFullError
 
 #: Results go to standard output, everything else here.
@@ -73,6 +75,11 @@ ReasonerOption = Annotated[
 ]
 #: The adapter that comes with a checkout of the project, and is not installed.
 REASONER = Path(__file__).parents[3] / "recipes" / "reasoner" / "adapter"
+
+
+def say(line: str) -> None:
+    """A note with names or paths in it: nothing in it is markup, and it is not folded, so that it can be copied."""
+    notes.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class InputError(ValueError):
@@ -128,7 +135,7 @@ def load_model(
     """Load a model while a spinner says so."""
     transformers.utils.logging.set_verbosity_error()
     if name is not None:  # the hub's own progress bars
-        notes.print(f"Loading {name} …")
+        say(f"Loading {name} …")
         return load(name, dtype=dtype, device=device)
     # The spinner keeps the real standard error; what libraries write there while loading would tear it apart.
     spinner = Console(file=sys.stderr)
@@ -136,17 +143,24 @@ def load_model(
         return load(name, dtype=dtype, device=device)
 
 
-def warn_of_other_weights(model: PreTrainedModel, caches: Iterable[str]) -> None:
-    """Say which calibrations were made on other weights of a model's shape.
+def warn_of_other_weights(model: PreTrainedModel, caches: Mapping[str, MixKVQConfig]) -> None:
+    """Say which calibrations were made on other weights of a model's shape; those of other shapes are refused later.
 
     Args:
-        caches: names, as :func:`parse_caches` takes them.
+        caches: as :func:`parse_caches` returns them.
     """
-    calibrated = {name: calibrated_weights(name) for name in caches}
-    if not any(calibrated.values()):
-        return
-    own = of_weights(model)
-    strange = [name for name, weights in calibrated.items() if weights not in (None, own)]
+    shape, own = model_shape(model.config), None
+    strange = []
+    for name, config in caches.items():
+        about = read_about(name) if config.model == shape else {}
+        if about.get("weights") is None:
+            continue
+        types = {DTYPES.get(about.get("dtype", "")), model.dtype}
+        if torch.float16 in types and len(types) > 1:
+            continue  # it does not round as bfloat16 does, by which weights are compared
+        own = own or of_weights(model)
+        if about["weights"] != own:
+            strange.append(name)
     if strange:
         notes.print(
             f"[bold yellow]Warning:[/] calibrated on other weights of this shape: {escape(', '.join(strange))}. "
@@ -177,12 +191,18 @@ def reasoner_adapter(given: Path | None, model: str | None) -> Path | None:
     return folder
 
 
-def check_windows(window: int, count: int, least: int = 2 * WARM_UP) -> None:
-    """Complain about windows of which too little is scored, or none."""
+def check_windows(window: int, count: int, base: MixKVQConfig | None = None) -> None:
+    """Complain about windows of which too little is scored, or none.
+
+    Args:
+        base: a cache that is to read something packed in them.
+    """
+    packed = 0 if base is None else base.sinks + base.residual_length + 1
+    least = max(2 * WARM_UP, packed)
+    why = f"the first {WARM_UP} are not scored" if least > packed else "sinks and a block, and a token that reads it"
     if window < least or count < 1:
         raise InputError(
-            f"--window {window} --windows {count}: take windows of at least {least} tokens (the first {WARM_UP} are "
-            "not scored), and at least one."
+            f"--window {window} --windows {count}: take windows of at least {least} tokens ({why}), and at least one."
         )
 
 
@@ -195,9 +215,7 @@ def read_windows(
         found.append(windows(tokenizer, [path], window, count))
         if len(found[-1]) < count:
             have = f"{len(found[-1])} windows" if len(found[-1]) > 1 else "one window"
-            notes.print(
-                f"'{path or BUILT_IN}' has {have} of {window} tokens, of {count} that were asked for.", soft_wrap=True
-            )
+            say(f"'{path or BUILT_IN}' has {have} of {window} tokens, of {count} that were asked for.")
     return found
 
 
@@ -209,7 +227,7 @@ def inputs(model: str | None, text: Sequence[Path] | None) -> dict[str, Any]:
 def progress() -> Progress:
     """A progress bar with times, on standard error; it vanishes when done."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -227,15 +245,42 @@ def check_writable(path: Path | None) -> None:
         raise InputError(f"Cannot write '{path}': it is a folder.")
     if not (folder := path.resolve().parent).is_dir():
         raise InputError(f"Cannot write '{path}': there is no folder '{folder}'.")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"Cannot write '{path}': nothing may be written in '{folder}'.")
+    device = path.exists() and not path.is_file()
+    if not os.access(path if device else folder, os.W_OK):
+        raise InputError(f"Cannot write '{path}': nothing may be written {'to it' if device else f'in {folder}'}.")
+
+
+def check_files(written: Sequence[Path | None], read: Sequence[Path] | None) -> None:
+    """Complain about results that cannot be written, or would be written over a text or each other."""
+    texts = {path.resolve() for path in read or ()}
+    taken: set[Path] = set()
+    for path in written:
+        check_writable(path)
+        if path is None or (path.exists() and not path.is_file()):
+            continue
+        if path.resolve() in texts:
+            raise InputError(f"'{path}' is the text to read, and would be written over.")
+        if path.resolve() in taken:
+            raise InputError(f"'{path}' would be written twice: give every result a file of its own.")
+        taken.add(path.resolve())
+
+
+def check_plot(path: Path | None) -> None:
+    """Complain about a picture that could not be drawn before the work, not after it."""
+    if path is None:
+        return
+    try:
+        check_format(path)
+        new_figure((1, 1))
+    except PlotError as error:
+        raise InputError(str(error)) from error
 
 
 def write_json(path: Path | None, rows: Any) -> None:
     """Write results, if a file was asked for."""
     if path is not None:
         write_whole(path, json.dumps(rows, indent=2) + "\n")
-        notes.print(f"Wrote {path}")
+        say(f"Wrote {path}")
 
 
 def print_table(table: Table) -> None:

@@ -30,6 +30,7 @@ from mixkvq.cli.common import (
     print_table,
     progress,
     reasoner_adapter,
+    say,
     warn_of_other_weights,
     write_json,
 )
@@ -167,7 +168,7 @@ def _evaluate(task: Task, options: Options, seed: int, json_file: Path | None) -
     configs = parse_caches(options.cache or CACHES)
     file = AnswerFile(options.answers)
     if file.dropped:
-        notes.print(f"The last line of {file.path} was not whole (an interrupted write); it is dropped.")
+        say(f"The last line of {file.path} was not whole (an interrupted write); it is dropped.")
     model, tokenizer = load_model(options.model, parse_dtype(options.dtype), options.device)
     if options.adapter is not None:
         model = merge_adapter(model, options.adapter)
@@ -233,7 +234,7 @@ def _rows(run: Run, configs: Mapping[str, MixKVQConfig], file: AnswerFile) -> li
     kept = file.of(run.task, configs, run.settings)
     if kept:
         total = len(run.items) * len(configs)
-        notes.print(f"{file.path} has {len(kept):,} of {total:,} answers; the rest is asked for.")
+        say(f"{file.path} has {len(kept):,} of {total:,} answers; the rest is asked for.")
     with progress() as bar:
         bars = {name: bar.add_task(name, total=len(run.items)) for name in configs}
         answers = run.answers(configs, kept, file, lambda name, count: bar.update(bars[name], completed=count))
@@ -252,5 +253,5 @@ def _resumable(path: Path | None) -> Iterator[None]:
             count = len(AnswerFile(path).answers)
         except EvaluationError:  # a file of something else, which was not come to yet
             raise interrupt from None
-        notes.print(f"Interrupted; {path} holds {count:,} answers. The same command goes on from there.")
+        say(f"Interrupted; {path} holds {count:,} answers. The same command goes on from there.")
         raise typer.Exit(130) from None

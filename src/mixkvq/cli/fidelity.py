@@ -23,9 +23,9 @@ from mixkvq.cli.common import (
     ReasonerOption,
     TextOption,
     WindowsOption,
+    check_files,
     check_reasoner,
     check_windows,
-    check_writable,
     clean_exit,
     inputs,
     load_model,
@@ -79,7 +79,7 @@ def fidelity(
 ) -> None:
     """Compare caches with full precision on text: perplexity, KL, top-1 agreement, bits, bytes."""
     with clean_exit():
-        check_writable(json_file)
+        check_files([json_file], text)
         configs = parse_caches(cache or ([] if suite else CACHES))
         check_reasoner(reasoner, "score")
         merged = reasoner_adapter(adapter, model) if reasoner else None

@@ -64,7 +64,7 @@ def generate(
         if not question.strip():
             raise InputError("The prompt is empty.")
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
-        warn_of_other_weights(network, [cache])
+        warn_of_other_weights(network, {cache: config})
         ids = _tokens(tokenizer, question, raw)
         limit = context_length(network)
         if limit is not None and ids.shape[1] >= limit:
@@ -122,7 +122,7 @@ def _summary(name: str, memory: MemoryReport, ours: Generation, stock: Generatio
     packed = f"{memory.bits:.2f}" if memory.packed_keys else "nothing packed yet"
     ratio = memory.bf16 / memory.total
     against = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
-    table.add_row(name, size(memory.total), against, packed, f"{ours.tokens_per_second:.1f}")
+    table.add_row(escape(name), size(memory.total), against, packed, f"{ours.tokens_per_second:.1f}")
     speed = "" if stock is None else f"{stock.tokens_per_second:.1f}"
     table.add_row("BF16", size(memory.bf16), "", "16", speed)
     return table

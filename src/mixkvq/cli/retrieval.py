@@ -17,14 +17,15 @@ from mixkvq.cli.common import (
     InputError,
     JsonOption,
     ModelOption,
-    check_writable,
+    check_files,
+    check_plot,
     clean_exit,
     load_model,
-    notes,
     parse_caches,
     parse_dtype,
     print_table,
     progress,
+    say,
     warn_of_other_weights,
     write_json,
 )
@@ -33,7 +34,7 @@ from mixkvq.evaluate import retrieval as measure
 from mixkvq.evaluate.retrieval import KINDS, Cell, Haystack, RetrievalProblem, check_kind, depths, summaries
 from mixkvq.evaluate.texts import BUILT_IN
 from mixkvq.models import DEFAULT_MODEL, context_length
-from mixkvq.report.figures import FORMATS, PlotError, new_figure, save
+from mixkvq.report.figures import save
 from mixkvq.report.retrieval import heat_map, retrieval_table
 
 CACHES = ["bf16", "default", "kivi-2"]
@@ -74,8 +75,8 @@ def retrieval(
     with clean_exit():
         kinds, lengths = list(dict.fromkeys(kind or KINDS)), sorted(set(length or LENGTHS))
         _check(kinds, {"--depths": depth_count, "--problems": problems, "--batch": batch})
-        check_writable(json_file)
-        _check_plot(plot)
+        check_files([json_file, plot], [text] if text else None)
+        check_plot(plot)
         configs = parse_caches(cache or CACHES)
         network, tokenizer = load_model(model, parse_dtype(dtype), device)
         warn_of_other_weights(network, configs)
@@ -96,7 +97,7 @@ def retrieval(
         write_json(json_file, [{**cell.as_dict(), **about} for cell in cells])
         if plot is not None:
             save(heat_map(cells, f"Found by {name}"), plot)
-            notes.print(f"Wrote {plot}")
+            say(f"Wrote {plot}")
 
 
 def _check(kinds: Sequence[str], counts: Mapping[str, int]) -> None:
@@ -106,19 +107,6 @@ def _check(kinds: Sequence[str], counts: Mapping[str, int]) -> None:
     for option, count in counts.items():
         if count < 1:
             raise InputError(f"{option} {count}: ask for at least one.")
-
-
-def _check_plot(path: Path | None) -> None:
-    """Complain about a picture that cannot be drawn before the work, not after it."""
-    if path is None:
-        return
-    check_writable(path)
-    if path.suffix not in FORMATS:
-        raise InputError(f"--plot {path}: a picture's name ends in {' or '.join(FORMATS)}.")
-    try:
-        new_figure((1, 1))
-    except PlotError as error:
-        raise InputError(str(error)) from error
 
 
 def _problems(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 from mixkvq.report.tables import new_table, size
@@ -27,7 +28,7 @@ def kernel_table(rows: Sequence[KernelRow]) -> Table:
     _words(table, 1)
     for row in rows:
         table.add_row(
-            row.cache,
+            escape(row.cache),
             row.kernel,
             f"{row.batch}",
             f"{row.context:,}",
@@ -59,7 +60,7 @@ def generate_table(rows: Sequence[GenerateRow], model: str) -> Table:
                 size(row.cache_bytes),
                 _share(row.flush_share),
             ]
-        table.add_row(row.cache, row.kernel, f"{row.batch}", f"{row.context:,}", *figures)
+        table.add_row(escape(row.cache), row.kernel, f"{row.batch}", f"{row.context:,}", *figures)
     return table
 
 
@@ -73,7 +74,7 @@ def capacity_table(rows: Sequence[CapacityRow], model: str) -> Table:
     _words(table, 1)
     for row in rows:
         table.add_row(
-            row.cache,
+            escape(row.cache),
             row.kernel,
             f"{row.batch}",
             f"{row.batch_ratio:.2f}x",
@@ -94,7 +95,7 @@ def prefill_table(rows: Sequence[PrefillRow], model: str) -> Table:
     )
     for row in rows:
         table.add_row(
-            row.cache,
+            escape(row.cache),
             f"{row.batch}",
             f"{row.context:,}",
             f"{1e3 * row.seconds:,.0f} ms",

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from mixkvq.evaluate.retrieval import Cell, Reply, Summary
@@ -41,7 +42,7 @@ def retrieval_table(title: str, rows: Sequence[Summary]) -> Table:
     table = new_table(title, *columns, *([f"where bf16 > {SURE:.0%}", "log p to bf16"] if compared else []))
     table.columns[1].justify = "left"
     for row in rows:
-        cells = [row.cache, row.kind, f"{row.found:.1%}"]
+        cells = [escape(row.cache), row.kind, f"{row.found:.1%}"]
         if row.difference is not None:
             sure = "nowhere" if row.sure is None else f"{row.sure:.1%} in {row.sure_cells}"
             cells += [sure, f"{row.difference:+.3f}"]

@@ -72,7 +72,7 @@ def chain_table(rows: Sequence[ChainFidelity]) -> Table:
     for row in rows:
         by_length = ("" if nats is None else f"{nats:.3f}" for nats in row.by_length)
         table.add_row(
-            row.cache,
+            escape(row.cache),
             f"{row.bits:.2f}",
             f"{row.nats_per_chain:.3f}",
             f"{row.median:.3f}",
@@ -86,7 +86,7 @@ def calibration_table(cache: str, uniform: Mapping[str, float], found: Mapping[s
     """What was found beside what it started from, on text that was not calibrated on."""
     table = new_table("On text that was not calibrated on", "cache", "honest bits", "perpl.", "KL")
     for name, row in ((cache, uniform), ("calibrated", found)):
-        table.add_row(name, f"{row['bits']:.2f}", f"{row['perplexity']:.3f}", f"{row['kl']:.4f}")
+        table.add_row(escape(name), f"{row['bits']:.2f}", f"{row['perplexity']:.3f}", f"{row['kl']:.4f}")
     return table
 
 
@@ -111,7 +111,7 @@ def accuracy_table(title: str, rows: Sequence[Accuracy]) -> Table:
     table = new_table(title, *kept)
     for row in rows:
         cells = {
-            "cache": row.cache,
+            "cache": escape(row.cache),
             "right": f"{row.accuracy:.1%}",
             "95%": f"{100 * row.low:.1f} to {100 * row.high:.1f}",
             "to bf16": "" if row.difference is None else f"{row.difference.points:+.1f}",
@@ -139,7 +139,7 @@ def decode_table(rows: Sequence[DecodeRow]) -> Table:
     )
     for row in rows:
         table.add_row(
-            row.cache,
+            escape(row.cache),
             row.dtype,
             f"{row.context:,}",
             f"{row.step_ms:.1f} ms",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mixkvq.cli.common import InputError, clean_exit, notes
+from mixkvq.cli.common import InputError, clean_exit, say
 from mixkvq.report.figures import PlotError
 from mixkvq.report.plots import plot_files
 
@@ -23,4 +23,4 @@ def plot(
         except PlotError as error:
             raise InputError(str(error)) from error
         for picture in pictures:
-            notes.print(f"Wrote {picture}")
+            say(f"Wrote {picture}")

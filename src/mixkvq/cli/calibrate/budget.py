@@ -101,7 +101,7 @@ def budget(
 ) -> None:
     """The one to begin with: which layers' keys and values earn more bits, so that all are better at the same size."""
     with clean_exit(), kept(trials):
-        check_out(out, trials, text)
+        check_out(out, trials=trials, text=text)
         needed(SOLVER)
         base = MixKVQConfig.parse(cache)
         check_base(base)
@@ -109,24 +109,23 @@ def budget(
         if (lost is None) != (problems is None):
             raise CalibrationError("--lost and --problems go together: so many points, of so many problems.")
         check_reasoner(reasoner, "calibrate on")
-        check_windows(window, count)
+        check_windows(window, count, base)
         scored = exam(problems, data_dir, batch, max_new_tokens)
         merged = reasoner_adapter(adapter, model) if reasoner else None
         subject = load_subject(model, dtype, device, text, window, count, adapter=merged)
         sizes = Sizes.of(subject.model, base, subject.searched[0], exact or ())
         goal.check(sizes)
         texts = _texts(subject, base, reasoner)
-        about = {
-            "cache": cache,
+        measured = {
             "config": base.as_dict(),
-            **subject.about,
+            **subject.data,
             "reasoner": reasoner,
             "chains": fingerprint.of_tokens(text.tokens for text in texts[len(subject.searched) :]),
             "seed": seed,
-            **about_exam(scored, data_dir),
+            **about_exam(scored),
             "options": {"keys": sizes.key_options, "values": sizes.value_options},
         }
-        journal = Trials(trials, about)
+        journal = Trials(trials, measured)
         menu = _measured(subject.model, base, texts, sizes, journal, seed)
         judge = Judge(subject.model, subject.judged, journal, "held out")
         if goal.kl is not None:
@@ -140,7 +139,7 @@ def budget(
         config = choice.config(base, subject.model)
         compared = compare(cache, judge, base, config)
         results = {**compared, "predicted": choice.predicted, "menu": dataclasses.asdict(menu)}
-        write(out, subject, Calibration(config, "budget", about, results))
+        write(out, subject, Calibration(config, "budget", {"cache": cache, **subject.names, **measured}, results))
 
 
 @dataclass(frozen=True)
@@ -174,14 +173,21 @@ def _checked(choice: Choice, judge: Judge, base: MixKVQConfig) -> dict[str, floa
 
 def _lost_points(examiner: Examiner, base: MixKVQConfig) -> Callable[[Choice], float]:
     """How many points of right answers a choice loses."""
-    full, count = examiner(MixKVQConfig.preset("bf16")), len(examiner.run.task.questions)
+    count = len(examiner.run.task.questions)
+
+    def right(config: MixKVQConfig, what: str) -> float:
+        with progress() as bar:
+            task = bar.add_task(f"answers with {what}", total=count)
+            return examiner(config, lambda done: bar.update(task, completed=done))
+
+    full = right(MixKVQConfig.preset("bf16"), "full precision")
     output.print(f"{full:.1%} of {count} problems are right in full precision")
     if not full:
         raise CalibrationError(
             f"None of {count} problems is answered right in full precision: there is nothing to lose. Ask more of "
             "them, allow longer answers (--max-new-tokens), or use --kl."
         )
-    return lambda choice: 100 * (full - examiner(choice.config(base, examiner.run.model)))
+    return lambda it: 100 * (full - right(it.config(base, examiner.run.model), f"{it.bits:.3f} bits"))
 
 
 def _measured(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mixkvq.calibrate.channels import frozen_channels, mean_saliences
+from mixkvq.calibrate.channels import check_base, frozen_channels, mean_saliences
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.layers import with_layers
@@ -39,7 +39,8 @@ def channels(
     with clean_exit():
         check_out(out, text=text)
         base = MixKVQConfig.parse(cache)
-        check_windows(window, count)
+        check_base(base)
+        check_windows(window, count, base)
         subject = load_subject(model, dtype, device, text, window, count)
         with progress() as bar:
             task = bar.add_task("saliences", total=len(subject.searched))

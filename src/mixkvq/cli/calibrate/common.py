@@ -11,17 +11,19 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.bench.environment import environment
 from mixkvq.calibrate import fingerprint
-from mixkvq.calibrate.errors import CalibrationError, needed
+from mixkvq.calibrate.errors import CalibrationError
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.judge import Judge
+from mixkvq.calibrate.trials import check_journal
 from mixkvq.cli.common import (
     InputError,
-    check_writable,
+    check_files,
     inputs,
     load_model,
     notes,
@@ -29,11 +31,13 @@ from mixkvq.cli.common import (
     parse_dtype,
     progress,
     read_windows,
+    say,
 )
 from mixkvq.config import MixKVQConfig
+from mixkvq.evaluate.fidelity import reference_log_probs
 from mixkvq.models import merge_adapter
 from mixkvq.report.fidelity import front_figure
-from mixkvq.report.figures import PlotError, check_format, new_figure, save
+from mixkvq.report.figures import save
 from mixkvq.report.tables import calibration_table
 
 OutArgument = Annotated[Path, typer.Argument(help="The calibration to write, a JSON file for --cache.")]
@@ -46,36 +50,24 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="O
 DtypeOption = Annotated[str, typer.Option("--dtype", help="The model's type.")]
 
 
-def check_out(out: Path, trials: Path | None = None, text: Sequence[Path] | None = None) -> None:
-    """Complain about a file that could not be written or used, before the work.
+def check_out(
+    out: Path,
+    *,
+    trials: Path | None = None,
+    text: Sequence[Path] | None = None,
+    more: Sequence[Path | None] = (),
+) -> None:
+    """Complain about files that could not be written or used, before the work.
 
     Args:
         trials: a journal, if one is to be kept.
-        text: what is read, and not to be written over.
+        text: what is read.
+        more: other files to write.
     """
     if out.suffix != ".json":
         raise InputError(f"'{out}': a calibration's name ends in .json, by which --cache knows it from a preset.")
-    check_writable(out)
-    check_writable(trials)
-    if trials is not None:
-        needed("optuna")
-    if trials is not None and trials.resolve() == out.resolve():
-        raise InputError(f"--trials {trials}: give another file than the calibration.")
-    for path in text or ():
-        if path.resolve() in {out.resolve(), None if trials is None else trials.resolve()}:
-            raise InputError(f"'{path}' is the text to read, and would be written over.")
-
-
-def check_plot(path: Path | None) -> None:
-    """Complain about a picture that could not be drawn before the work, not after it."""
-    if path is None:
-        return
-    check_writable(path)
-    try:
-        check_format(path)
-        new_figure((1, 1))
-    except PlotError as error:
-        raise InputError(str(error)) from error
+    check_files([out, trials, *more], text)
+    check_journal(trials)
 
 
 def draw_front(
@@ -91,7 +83,7 @@ def draw_front(
     """Draw what a search tried, if a picture was asked for; arguments as :func:`front_figure` has them."""
     if path is not None:
         save(front_figure(points, x, y, log_y=log_y, chosen=chosen, limit=limit), path)
-        notes.print(f"Wrote {path}")
+        say(f"Wrote {path}")
 
 
 @contextmanager
@@ -100,9 +92,9 @@ def kept(trials: Path | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if trials is None:
+        if trials is None or not trials.exists():
             raise
-        notes.print(f"Interrupted; what was measured is in {trials}. The same command goes on from there.")
+        say(f"Interrupted; what was measured is in {trials}. The same command goes on from there.")
         raise typer.Exit(130) from None
 
 
@@ -114,7 +106,8 @@ class Subject:
         model, tokenizer: as loaded, an adapter merged.
         searched: windows ``[N, W]`` to calibrate on.
         judged: others ``[M, W]``, on which it is checked what was found.
-        about: all of this, for trials and files.
+        names: of model, text and adapter, for files.
+        data: what measurements depend on, whatever it is called, for trials and files.
         started: when the model was loaded, in seconds of :func:`time.monotonic`.
     """
 
@@ -122,8 +115,14 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     searched: Tensor
     judged: Tensor
-    about: dict[str, Any]
+    names: dict[str, Any]
+    data: dict[str, Any]
     started: float
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Both, for files."""
+        return {**self.names, **self.data}
 
 
 def load_subject(
@@ -153,23 +152,33 @@ def load_subject(
     texts = read_windows(tokenizer, text, window, 2 * count)
     if max(map(len, texts)) < 2:
         raise CalibrationError(
-            f"The text has one window of {window} tokens, and two are needed: what is found on one is checked on the "
-            "other. Give a longer text, or a smaller --window."
+            f"No text has two windows of {window} tokens: what is found on one is checked on the other. Give a longer "
+            "text, or a smaller --window."
         )
     halves = [_in_turns(each) if in_turns else each.tensor_split([(len(each) + 1) // 2]) for each in texts]
     searched, judged = (torch.cat(part) for part in zip(*halves, strict=True))
     if adapter is not None:
         network = merge_adapter(network, adapter)
-    about = {
-        **inputs(model, text),
-        "adapter": None if adapter is None else adapter.name,
+    _check_numbers(network, searched[0])
+    names = {**inputs(model, text), "adapter": None if adapter is None else adapter.name}
+    data = {
         "dtype": dtype,
         "window": window,
         "windows": len(searched),
         "weights": fingerprint.of_weights(network),
         "tokens": fingerprint.of_tokens([searched, judged]),
     }
-    return Subject(network, tokenizer, searched, judged, about, started)
+    return Subject(network, tokenizer, searched, judged, names, data, started)
+
+
+@torch.inference_mode()
+def _check_numbers(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Complain about a model that does not compute with numbers, as when its type has too small a range."""
+    if reference_log_probs(model, tokens.to(model.device)).isnan().any():
+        raise CalibrationError(
+            f"In {str(model.dtype).removeprefix('torch.')} this model's logits are no numbers: choose another type "
+            "with --dtype, such as bfloat16."
+        )
 
 
 def _in_turns(windows: Tensor) -> tuple[Tensor, ...]:
@@ -194,10 +203,10 @@ def compare(
     """
     before, after = held_out(judge, plain, base), held_out(judge, "what was found", found)
     output.print(calibration_table(cache, before, after))
-    if after["kl"] >= before["kl"] and after["bits"] >= before["bits"]:
+    if not (after["kl"] < before["kl"] or after["bits"] < before["bits"]):
         notes.print(
-            f"[bold yellow]Warning:[/] what was found is no better than {cache} on this text: use that, or calibrate "
-            "on more windows of a text that is more like yours.",
+            f"[bold yellow]Warning:[/] what was found is no better than {escape(cache)} on this text: use that, or "
+            "calibrate on more windows of a text that is more like yours.",
             highlight=False,
             soft_wrap=True,
         )
@@ -211,4 +220,4 @@ def write(out: Path, subject: Subject, calibration: Calibration) -> None:
         took["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(subject.model.device)
     about = {**calibration.about, **took, **environment()}
     Calibration(calibration.config, calibration.kind, about, calibration.results).write(out)
-    output.print(f"Wrote {out}; use it with --cache {out}", soft_wrap=True)
+    output.print(f"Wrote {out}; use it with --cache {out}", markup=False, highlight=False, soft_wrap=True)

@@ -63,14 +63,13 @@ def exam(problems: int | None, data_dir: Path | None, batch: int, max_new_tokens
     return Exam(Mathematics(PROBLEMS, folder=data_dir, count=problems), batch, max_new_tokens)
 
 
-def about_exam(scored: Exam | None, data_dir: Path | None) -> dict[str, Any]:
+def about_exam(scored: Exam | None) -> dict[str, Any]:
     """The same for trials and files."""
     if scored is None:
         return {"problems": None}
     return {
         "problems": len(scored.task.questions),
         "questions": fingerprint.of_questions(scored.task),
-        "data_dir": None if data_dir is None else data_dir.resolve().name,
         "batch": scored.batch,
         "max_new_tokens": scored.max_new_tokens,
     }

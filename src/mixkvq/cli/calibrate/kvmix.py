@@ -46,11 +46,11 @@ def kvmix(
 ) -> None:
     """KVmix's profile: the layers with the largest gradients get 3-bit keys and 4-bit values, the others 2 bits."""
     with clean_exit(), kept(trials):
-        check_out(out, trials, text)
-        check_windows(window, count)
+        check_out(out, trials=trials, text=text)
         base = MixKVQConfig.preset("kvmix")
+        check_windows(window, count, base)
         subject = load_subject(model, dtype, device, text, window, count, in_turns=False)
-        journal = Trials(trials, subject.about)
+        journal = Trials(trials, subject.data)
         with progress() as bar:
             task = bar.add_task("gradients", total=len(subject.searched))
             keys, values = gradient_norms(subject.model, subject.searched, journal, lambda: bar.advance(task))

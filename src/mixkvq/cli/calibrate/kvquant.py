@@ -43,7 +43,7 @@ def kvquant(
         check_out(out, text=text)
         base = MixKVQConfig.parse(cache)
         check_base(base)
-        check_windows(window, count, max(2 * measure.WARM_UP, base.sinks + base.residual_length + 1))
+        check_windows(window, count, base)
         subject = load_subject(model, dtype, device, text, window, count, in_turns=False)
         generator = torch.Generator(device=subject.model.device).manual_seed(seed)
         bounds = measure.appends(window, base)

@@ -14,6 +14,7 @@ from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.kvtuner import (
     SIMILAR,
     Cluster,
+    PairErrors,
     check_floor,
     cluster_layers,
     first_choices,
@@ -29,9 +30,9 @@ from mixkvq.cli.calibrate.common import (
     OutArgument,
     PlotOption,
     SeedOption,
+    Subject,
     TrialsOption,
     check_out,
-    check_plot,
     compare,
     draw_front,
     kept,
@@ -43,6 +44,7 @@ from mixkvq.cli.common import (
     ModelOption,
     TextOption,
     WindowsOption,
+    check_plot,
     check_windows,
     clean_exit,
     output,
@@ -73,18 +75,16 @@ def kvtuner(
 ) -> None:
     """KVTuner's search: pairs of key and value bits for clusters of layers, by NSGA-II."""
     with clean_exit(), kept(trials):
-        check_out(out, trials, text)
+        check_out(out, trials=trials, text=text, more=[plot])
         for package in ("optuna", "scipy"):
             needed(package)
         check_plot(plot)
         check_tries(tries)
-        check_windows(window, count)
         base = MixKVQConfig.preset("kvtuner")
+        check_windows(window, count, base)
         subject = load_subject(model, dtype, device, text, window, count)
-        network, journal = subject.model, Trials(trials, subject.about)
-        with progress() as bar:
-            task = bar.add_task("errors of single layers", total=len(subject.searched))
-            errors = output_errors(network, subject.searched, base, lambda: bar.advance(task))
+        network, journal = subject.model, Trials(trials, subject.data)
+        errors = _errors(subject, base, journal)
         check_floor(errors, bits)
         clusters = cluster_layers(errors)
         judge = Judge(network, subject.searched, journal, "searched", keep=True)
@@ -108,6 +108,19 @@ def kvtuner(
         }
         search_of = {"bits": bits, "tries": tries, "seed": seed, "population": POPULATION, "similar": SIMILAR}
         write(out, subject, Calibration(config, "kvtuner", {**subject.about, **search_of}, results))
+
+
+def _errors(subject: Subject, base: MixKVQConfig, journal: Trials) -> dict[int, PairErrors]:
+    """Of single layers, with a progress bar."""
+
+    def measure() -> dict[str, Any]:
+        with progress() as bar:
+            task = bar.add_task("errors of single layers", total=len(subject.searched))
+            found = output_errors(subject.model, subject.searched, base, lambda: bar.advance(task))
+        return {str(layer): dataclasses.asdict(each) for layer, each in found.items()}
+
+    kept = journal.once("errors of single layers", measure)
+    return {int(layer): PairErrors(tuple(each["errors"]), tuple(each["bits"])) for layer, each in kept.items()}
 
 
 def _search(

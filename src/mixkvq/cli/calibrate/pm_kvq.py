@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from mixkvq.calibrate.errors import CalibrationError, needed
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.layers import packed_memory, quantized_layers, with_layers
-from mixkvq.calibrate.pm_kvq import at_width, check_goal, last_widths, sensitivities
+from mixkvq.calibrate.pm_kvq import at_width, check_goal, check_stretch, last_widths, sensitivities
 from mixkvq.calibrate.smooth import smooth_attention
 from mixkvq.calibrate.trials import Trials
 from mixkvq.cli.calibrate.common import (
@@ -32,6 +33,7 @@ from mixkvq.cli.common import (
     ModelOption,
     TextOption,
     check_windows,
+    check_writable,
     clean_exit,
     output,
     progress,
@@ -64,24 +66,25 @@ def pm_kvq(
 ) -> None:
     """PM-KVQ's integer program: which layers end at which width, within the memory of a full cache."""
     with clean_exit(), kept(trials):
-        check_out(out, trials, text)
+        check_out(out, trials=trials, text=text)
         needed(SOLVER)
+        check_stretch(stretch)
         check_smooth(smooth)
-        check_windows(window, count)
         wanted = sorted(widths or (4, 2), reverse=True)
         if len(set(wanted)) < 2 or not set(wanted) <= set(WIDTHS):
             raise CalibrationError(f"--widths takes two or three of {', '.join(map(str, WIDTHS))}; got {wanted}.")
         base = MixKVQConfig.preset("pm-kvq-2", plan_tokens=tokens, key_axis="channel" if smooth is None else "token")
+        check_windows(window, count, base)
         subject = load_subject(model, dtype, device, text, window, count, in_turns=False)
         first = subject.searched[0]
         sizes = [packed_memory(subject.model, at_width(base, width), first).bits for width in wanted]
         bits = (min(sizes) + max(sizes)) / 2 if bits is None else bits
         check_goal(bits, wanted, sizes)
-        about = {**subject.about, "config": base.as_dict(), "stretch": stretch, "widths": wanted}
+        measured = {**subject.data, "config": base.as_dict(), "stretch": stretch, "widths": wanted}
+        journal = Trials(trials, measured)  # the configuration says whether the weights are smoothed
         if smooth is not None:
             _smooth(subject, base)
-            about |= {"smooth": smooth.name, "weights": fingerprint.of_weights(subject.model)}
-        journal = Trials(trials, about)
+            measured |= {"smooth": smooth.name, "weights": fingerprint.of_weights(subject.model)}
         found = _sensitivities(subject, base, wanted, journal, stretch)
         last = last_widths(found, sizes, wanted, bits)
         fields = {layer: {"key_bits": width, "value_bits": width} for layer, width in last.items()}
@@ -93,13 +96,12 @@ def pm_kvq(
         judge = Judge(subject.model, subject.judged, journal, "held out")
         compared = compare("pm-kvq-2", judge, base.replace(**full), config.replace(**full))
         if smooth is not None:
-            for part in (subject.model, subject.tokenizer):
-                part.save_pretrained(smooth)
+            _save(subject, smooth)
             output.print(
                 f"Saved the model with SmoothAttention to {smooth}: use it with --model {smooth}", soft_wrap=True
             )
         results = {"widths": wanted, "bits": sizes, "sensitivities": found, **compared}
-        write(out, subject, Calibration(config, "pm-kvq", {**about, "bits": bits}, results))
+        write(out, subject, Calibration(config, "pm-kvq", {**subject.names, **measured, "bits": bits}, results))
 
 
 def check_smooth(folder: Path | None) -> None:
@@ -110,6 +112,16 @@ def check_smooth(folder: Path | None) -> None:
         raise CalibrationError(f"--smooth {folder}: give a folder to save the model in, not a file.")
     if folder.is_dir() and any(folder.iterdir()):
         raise CalibrationError(f"--smooth {folder}: this folder is not empty. Give a new one to save the model in.")
+    check_writable(folder / "config.json" if folder.is_dir() else folder)
+
+
+def _save(subject: Subject, folder: Path) -> None:
+    """The model and its tokenizer, in a folder that is there whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as name:
+        whole = Path(name) / folder.name
+        for part in (subject.model, subject.tokenizer):
+            part.save_pretrained(whole)
+        whole.replace(folder)
 
 
 def _smooth(subject: Subject, base: MixKVQConfig) -> None:

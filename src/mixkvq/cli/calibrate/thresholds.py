@@ -28,7 +28,6 @@ from mixkvq.cli.calibrate.common import (
     Subject,
     TrialsOption,
     check_out,
-    check_plot,
     compare,
     draw_front,
     kept,
@@ -41,8 +40,9 @@ from mixkvq.cli.common import (
     JsonOption,
     ModelOption,
     TextOption,
+    check_files,
+    check_plot,
     check_windows,
-    check_writable,
     clean_exit,
     load_model,
     output,
@@ -104,7 +104,7 @@ def thresholds(
     Quantiles of the model's own saliences; with a file to write, the paper's search over such quantiles.
     """
     with clean_exit(), kept(trials):
-        check_writable(json_file)
+        check_files([json_file], text)
         start = {"bf16_share": bf16_share, "uint4_share": uint4_share_for(bits, bf16_share)}
         if out is None:
             _refuse(trials=trials, plot=plot, problems=problems, data_dir=data_dir)
@@ -114,15 +114,15 @@ def thresholds(
             _print_quantiles(at_shares(ranked, **start), model or DEFAULT_MODEL, json_file)
             return
         count = SEARCH_WINDOWS if count is None else count
-        check_out(out, trials, text)
+        check_out(out, trials=trials, text=text, more=[json_file, plot])
         needed("optuna")
         check_plot(plot)
-        check_windows(window, count)
+        check_windows(window, count, MixKVQConfig.preset("paper"))
         check_tries(tries)
         scored = exam(problems, data_dir, batch, max_new_tokens)
         subject = load_subject(model, dtype, device, text, window, count)
         network = subject.model
-        measured = {**subject.about, **about_exam(scored, data_dir)}
+        measured = {**subject.data, **about_exam(scored)}
         journal = Trials(trials, measured)
         ranked = _saliences(network, subject.searched)
         if scored is None:
@@ -136,14 +136,14 @@ def thresholds(
         compared = compare(
             "quantiles", judge, at_shares(ranked, **start).config(network), found.config(network), "quantiles"
         )
-        write_json(json_file, [{**point.as_dict(), **measured, **environment()} for point in points])
+        write_json(json_file, [{**point.as_dict(), **subject.names, **measured, **environment()} for point in points])
         results = {
             **dataclasses.asdict(found),
             "score": yardstick.loss,
             "front": [point.as_dict() for point in front(points)],
             **compared,
         }
-        about = {**measured, "bits": bits, "seed": seed, "tries": tries}
+        about = {**subject.names, **measured, "bits": bits, "seed": seed, "tries": tries}
         write(out, subject, Calibration(found.config(network), "thresholds", about, results))
 
 
