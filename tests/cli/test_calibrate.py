@@ -419,7 +419,7 @@ def test_a_missing_package_is_noticed_before_the_model_is_loaded(
     chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, package: str
 ):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(sys.modules["mixkvq.cli.calibrate.common"], "load_model", None)
+    monkeypatch.setattr(sys.modules["mixkvq.cli.calibrate.subject"], "load_model", None)
     result = run("calibrate", command, tmp_path / "found.json", "--model", chat, *TINY)
     assert result.exit_code == 2
     assert f'takes the "calibrate" extra ({package} is missing)' in said(result)

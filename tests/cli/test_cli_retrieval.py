@@ -92,5 +92,5 @@ def test_without_matplotlib(chat: Path, monkeypatch: pytest.MonkeyPatch):
     def missing(_: object) -> None:
         raise PlotError('Pictures take the "plots" extra: pip install "mixkvq[plots]".')
 
-    monkeypatch.setattr("mixkvq.cli.common.new_figure", missing)
+    monkeypatch.setattr("mixkvq.cli.files.new_figure", missing)
     assert 'pip install "mixkvq[plots]"' in complaint("--model", chat, "--plot", "map.svg")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from chats import Scripted, chat_tokenizer
 from mixkvq import CacheFullError
-from mixkvq.cli import app, common
+from mixkvq.cli import app, loading
 from mixkvq.evaluate.answers import Settings
 from mixkvq.evaluate.problems import problem_set
 from mixkvq.evaluate.runner import Run
@@ -213,7 +213,7 @@ def test_benchmarks(chat: Path, tmp_path: Path):
 )
 def test_refusals(arguments: tuple, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "adapter_config.json").write_text("{}")  # or a checkout without the adapter would be refused first
-    monkeypatch.setattr(common, "REASONER", tmp_path)
+    monkeypatch.setattr(loading, "REASONER", tmp_path)
     assert message in complaint(*arguments)
 
 
@@ -226,7 +226,7 @@ def test_a_model_without_a_chat_template(tmp_path: Path):
 
 
 def test_a_checkout_without_the_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(common, "REASONER", tmp_path / "adapter")
+    monkeypatch.setattr(loading, "REASONER", tmp_path / "adapter")
     assert "Give a folder with --adapter (recipes/reasoner/train.py makes one)" in complaint("reasoner")
 
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from chats import chat_tokenizer
-from mixkvq.cli import app, common
+from mixkvq.cli import app, loading
 from models import tiny_model
 
 
@@ -29,7 +29,7 @@ def test_chains_stand_beside_text(chat: Path, tmp_path: Path):
 
 
 def test_what_cannot_be_served_is_said(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(common, "REASONER", tmp_path / "nothing")
+    monkeypatch.setattr(loading, "REASONER", tmp_path / "nothing")
     for arguments, message in (
         (("--reasoner", -1), "score the chains of at least one problem"),
         (("--reasoner", 2), "does not solve these problems without an adapter"),

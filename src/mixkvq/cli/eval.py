@@ -21,19 +21,15 @@ from mixkvq.cli.common import (
     JsonOption,
     ModelOption,
     ReasonerOption,
-    check_writable,
     clean_exit,
-    load_model,
     notes,
     parse_caches,
-    parse_dtype,
     print_table,
     progress,
-    reasoner_adapter,
     say,
-    warn_of_other_weights,
-    write_json,
 )
+from mixkvq.cli.files import check_writable, write_json
+from mixkvq.cli.loading import load_model, parse_dtype, reasoner_adapter, warn_of_other_weights
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate.accuracy import Accuracy, accuracies
 from mixkvq.evaluate.answers import AnswerFile, Settings

@@ -23,20 +23,21 @@ from mixkvq.cli.common import (
     ReasonerOption,
     TextOption,
     WindowsOption,
-    check_files,
-    check_reasoner,
-    check_windows,
     clean_exit,
-    inputs,
-    load_model,
     output,
     parse_caches,
-    parse_dtype,
     progress,
+)
+from mixkvq.cli.files import check_files, write_json
+from mixkvq.cli.loading import (
+    check_reasoner,
+    check_windows,
+    inputs,
+    load_model,
+    parse_dtype,
     read_windows,
     reasoner_adapter,
     warn_of_other_weights,
-    write_json,
 )
 from mixkvq.config import MixKVQConfig, all_presets
 from mixkvq.evaluate import fidelity as measure

@@ -12,19 +12,8 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from mixkvq.adapters.transformers import MixKVQCache, MixKVQStaticCache
-from mixkvq.cli.common import (
-    CacheHelp,
-    DeviceOption,
-    InputError,
-    ModelOption,
-    clean_exit,
-    load_model,
-    notes,
-    output,
-    parse_dtype,
-    print_json,
-    warn_of_other_weights,
-)
+from mixkvq.cli.common import CacheHelp, DeviceOption, InputError, ModelOption, clean_exit, notes, output, print_json
+from mixkvq.cli.loading import load_model, parse_dtype, warn_of_other_weights
 from mixkvq.config import MixKVQConfig
 from mixkvq.generation import Generation, generate_text
 from mixkvq.models import context_length

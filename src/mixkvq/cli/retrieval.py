@@ -17,18 +17,14 @@ from mixkvq.cli.common import (
     InputError,
     JsonOption,
     ModelOption,
-    check_files,
-    check_plot,
     clean_exit,
-    load_model,
     parse_caches,
-    parse_dtype,
     print_table,
     progress,
     say,
-    warn_of_other_weights,
-    write_json,
 )
+from mixkvq.cli.files import check_files, check_plot, write_json
+from mixkvq.cli.loading import load_model, parse_dtype, warn_of_other_weights
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate import retrieval as measure
 from mixkvq.evaluate.retrieval import KINDS, Cell, Haystack, RetrievalProblem, check_kind, depths, summaries

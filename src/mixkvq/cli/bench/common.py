@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from mixkvq.bench.environment import environment
 from mixkvq.bench.shapes import SHAPES, random_model
-from mixkvq.cli.common import InputError, load_model, parse_dtype, progress, write_json
+from mixkvq.cli.common import InputError, progress
+from mixkvq.cli.files import write_json
+from mixkvq.cli.loading import load_model, parse_dtype
 
 BatchOption = Annotated[
     list[int] | None, typer.Option("--batch", help="Sequences; may be repeated, in pairs with --context.")

@@ -17,15 +17,13 @@ from mixkvq.cli.common import (
     JsonOption,
     ModelOption,
     TextOption,
-    check_writable,
     clean_exit,
-    load_model,
     output,
     parse_caches,
-    parse_dtype,
     progress,
-    write_json,
 )
+from mixkvq.cli.files import check_writable, write_json
+from mixkvq.cli.loading import load_model, parse_dtype
 from mixkvq.evaluate.texts import windows
 from mixkvq.models import DEFAULT_MODEL, context_length
 from mixkvq.report.tables import decode_table

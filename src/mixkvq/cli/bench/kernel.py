@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from mixkvq.cli.bench.common import BatchOption, ContextOption, check_positive, pairs, require_gpu, spinner, write_rows
-from mixkvq.cli.common import CacheHelp, InputError, JsonOption, check_writable, clean_exit, parse_caches, print_table
+from mixkvq.cli.common import CacheHelp, InputError, JsonOption, clean_exit, parse_caches, print_table
+from mixkvq.cli.files import check_writable
 from mixkvq.kernels.decode import KERNELS
 from mixkvq.report.bench import kernel_table
 

@@ -19,16 +19,8 @@ from mixkvq.cli.bench.common import (
     spinner,
     write_rows,
 )
-from mixkvq.cli.common import (
-    CacheHelp,
-    DeviceOption,
-    InputError,
-    JsonOption,
-    check_writable,
-    clean_exit,
-    parse_caches,
-    print_table,
-)
+from mixkvq.cli.common import CacheHelp, DeviceOption, InputError, JsonOption, clean_exit, parse_caches, print_table
+from mixkvq.cli.files import check_writable
 from mixkvq.report.bench import capacity_table, generate_table, prefill_table
 
 CachesOption = Annotated[list[str] | None, typer.Option("--cache", help=f"{CacheHelp}; without, `default`.")]

@@ -25,16 +25,15 @@ from mixkvq.cli.calibrate.common import (
     DtypeOption,
     OutArgument,
     SeedOption,
-    Subject,
     TrialsOption,
     check_out,
     compare,
     held_out,
     kept,
-    load_subject,
     write,
 )
 from mixkvq.cli.calibrate.exam import BatchOption, DataDirOption, NewTokensOption, about_exam, exam
+from mixkvq.cli.calibrate.subject import Subject, load_subject
 from mixkvq.cli.common import (
     CacheHelp,
     DeviceOption,
@@ -42,14 +41,12 @@ from mixkvq.cli.common import (
     ReasonerOption,
     TextOption,
     WindowsOption,
-    check_reasoner,
-    check_windows,
     clean_exit,
     notes,
     output,
     progress,
-    reasoner_adapter,
 )
+from mixkvq.cli.loading import check_reasoner, check_windows, reasoner_adapter
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate import fidelity as measure
 from mixkvq.evaluate.chains import encode

@@ -11,25 +11,10 @@ from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.kvmix import gradient_norms
 from mixkvq.calibrate.layers import with_layers
 from mixkvq.calibrate.trials import Trials
-from mixkvq.cli.calibrate.common import (
-    DtypeOption,
-    OutArgument,
-    TrialsOption,
-    check_out,
-    compare,
-    kept,
-    load_subject,
-    write,
-)
-from mixkvq.cli.common import (
-    DeviceOption,
-    ModelOption,
-    TextOption,
-    check_windows,
-    clean_exit,
-    output,
-    progress,
-)
+from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, TrialsOption, check_out, compare, kept, write
+from mixkvq.cli.calibrate.subject import load_subject
+from mixkvq.cli.common import DeviceOption, ModelOption, TextOption, clean_exit, output, progress
+from mixkvq.cli.loading import check_windows
 from mixkvq.config import MixKVQConfig
 from mixkvq.policies.kvmix import allocate_layers
 

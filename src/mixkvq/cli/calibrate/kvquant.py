@@ -12,17 +12,10 @@ from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.kvquant import check_base, layer_levels
 from mixkvq.calibrate.layers import with_layers
 from mixkvq.calibrate.trials import Trials
-from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, SeedOption, check_out, compare, load_subject, write
-from mixkvq.cli.common import (
-    CacheHelp,
-    DeviceOption,
-    ModelOption,
-    TextOption,
-    WindowsOption,
-    check_windows,
-    clean_exit,
-    progress,
-)
+from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, SeedOption, check_out, compare, write
+from mixkvq.cli.calibrate.subject import load_subject
+from mixkvq.cli.common import CacheHelp, DeviceOption, ModelOption, TextOption, WindowsOption, clean_exit, progress
+from mixkvq.cli.loading import check_windows
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate import fidelity as measure
 

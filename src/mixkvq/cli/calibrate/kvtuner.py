@@ -30,26 +30,17 @@ from mixkvq.cli.calibrate.common import (
     OutArgument,
     PlotOption,
     SeedOption,
-    Subject,
     TrialsOption,
     check_out,
     compare,
     draw_front,
     kept,
-    load_subject,
     write,
 )
-from mixkvq.cli.common import (
-    DeviceOption,
-    ModelOption,
-    TextOption,
-    WindowsOption,
-    check_plot,
-    check_windows,
-    clean_exit,
-    output,
-    progress,
-)
+from mixkvq.cli.calibrate.subject import Subject, load_subject
+from mixkvq.cli.common import DeviceOption, ModelOption, TextOption, WindowsOption, clean_exit, output, progress
+from mixkvq.cli.files import check_plot
+from mixkvq.cli.loading import check_windows
 from mixkvq.config import MixKVQConfig
 from mixkvq.policies.kvtuner import PAIRS
 from mixkvq.report.fidelity import BITS, KL

@@ -17,27 +17,11 @@ from mixkvq.calibrate.layers import packed_memory, quantized_layers, with_layers
 from mixkvq.calibrate.pm_kvq import at_width, check_goal, check_stretch, last_widths, sensitivities
 from mixkvq.calibrate.smooth import smooth_attention
 from mixkvq.calibrate.trials import Trials
-from mixkvq.cli.calibrate.common import (
-    DtypeOption,
-    OutArgument,
-    Subject,
-    TrialsOption,
-    check_out,
-    compare,
-    kept,
-    load_subject,
-    write,
-)
-from mixkvq.cli.common import (
-    DeviceOption,
-    ModelOption,
-    TextOption,
-    check_windows,
-    check_writable,
-    clean_exit,
-    output,
-    progress,
-)
+from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, TrialsOption, check_out, compare, kept, write
+from mixkvq.cli.calibrate.subject import Subject, load_subject
+from mixkvq.cli.common import DeviceOption, ModelOption, TextOption, clean_exit, output, progress
+from mixkvq.cli.files import check_writable
+from mixkvq.cli.loading import check_windows
 from mixkvq.config import MixKVQConfig
 
 #: Last widths that a layer may have.

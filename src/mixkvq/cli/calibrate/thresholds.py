@@ -25,32 +25,18 @@ from mixkvq.cli.calibrate.common import (
     DtypeOption,
     PlotOption,
     SeedOption,
-    Subject,
     TrialsOption,
     check_out,
     compare,
     draw_front,
     kept,
-    load_subject,
     write,
 )
 from mixkvq.cli.calibrate.exam import BatchOption, DataDirOption, NewTokensOption, about_exam, exam
-from mixkvq.cli.common import (
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    TextOption,
-    check_files,
-    check_plot,
-    check_windows,
-    clean_exit,
-    load_model,
-    output,
-    parse_dtype,
-    progress,
-    read_windows,
-    write_json,
-)
+from mixkvq.cli.calibrate.subject import Subject, load_subject
+from mixkvq.cli.common import DeviceOption, JsonOption, ModelOption, TextOption, clean_exit, output, progress
+from mixkvq.cli.files import check_files, check_plot, write_json
+from mixkvq.cli.loading import check_windows, load_model, parse_dtype, read_windows
 from mixkvq.config import MixKVQConfig
 from mixkvq.models import DEFAULT_MODEL
 from mixkvq.report.fidelity import KL
