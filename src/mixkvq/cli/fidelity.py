@@ -24,8 +24,8 @@ from mixkvq.cli.common import (
     TextOption,
     WindowsOption,
     clean_exit,
-    output,
     parse_caches,
+    print_table,
     progress,
 )
 from mixkvq.cli.files import check_files, write_json
@@ -104,7 +104,7 @@ def fidelity(
             rows = measure.fidelity(
                 network, tokens, configs, lambda name: bar.update(task, advance=1, description=f"read {name}")
             )
-        output.print(fidelity_table(rows))
+        print_table(fidelity_table(rows))
         chains = _chains(network, merged, encoded, configs) if encoded else {}
         about = {**inputs(model, text), "dtype": dtype, "window": window, **environment()}
         write_json(json_file, [{**row.as_dict(), **chains.get(row.cache, {}), **about} for row in rows])
@@ -136,5 +136,5 @@ def _chains(
     with progress() as bar:
         task = bar.add_task("reading chains", total=len(encoded) * len(configs))
         rows = chain_fidelity(model, encoded, configs, lambda _: bar.update(task, advance=1))
-    output.print(chain_table(rows))
+    print_table(chain_table(rows))
     return {row.cache: {"chains": row.as_dict()} for row in rows}
