@@ -192,7 +192,7 @@ def test_fidelity_feeds_small_pieces_with_the_models_own_confidence(model):
     configs = {"low": TIGHT.replace("confidence=0", "confidence=1"), "high": TIGHT}
     low, high = fidelity(model, window, {name: MixKVQConfig.parse(text) for name, text in configs.items()})[::-1]
     assert (low.cache, high.cache) == ("low", "high")
-    assert low.counts_all
+    assert low.sized_by_all
     assert low.bits_held > low.size_bits > high.size_bits  # a window in float32 counts as one in 16 bits
     with torch.inference_mode(), attention(model, "mixkvq"):
         cache = MixKVQCache(model.config, TIGHT)
