@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mixkvq import MixKVQCache, MixKVQConfig
+from mixkvq.calibrate.file import read_about, shipped
+from mixkvq.calibrate.fingerprint import of_weights
 from mixkvq.evaluate.fidelity import fidelity
 from mixkvq.evaluate.texts import windows
 from mixkvq.generation import generate_text
@@ -52,3 +54,18 @@ def test_greedy_text_of_the_bf16_cache_is_the_stock_text(smollm2):
     stock = generate_text(model, tokenizer, ids, None, max_new_tokens=150)
     ours = generate_text(model, tokenizer, ids, MixKVQCache(model.config, "bf16"), max_new_tokens=150)
     assert ours.tokens == stock.tokens
+
+
+def test_calibrations_that_come_with_the_package_are_of_these_weights(smollm2):
+    model, _ = smollm2
+    assert len(shipped()) == 10
+    assert {read_about(name)["weights"] for name in shipped()} == {of_weights(model)}
+
+
+def test_a_calibration_of_text_is_better_than_the_preset_at_its_size(smollm2):
+    model, tokenizer = smollm2
+    text = windows(tokenizer, [None], 1024, 1)
+    configs = {name: MixKVQConfig.parse(name) for name in ("default", "default-smollm2-135m.json")}
+    rows = {row.cache: row for row in fidelity(model, text, configs)}
+    assert rows["default-smollm2-135m.json"].bits <= rows["default"].bits
+    assert rows["default-smollm2-135m.json"].kl < rows["default"].kl

@@ -50,6 +50,7 @@ TextOption = Annotated[
     typer.Option("--text", help="A text file; may be repeated.", show_default="Python's language reference"),
 ]
 WindowsOption = Annotated[int, typer.Option("--windows", help="Windows of each text.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="The model's type.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="For example cuda or cpu.")]
 
@@ -98,7 +99,9 @@ def clean_exit() -> Iterator[None]:
         raise typer.Exit(2) from None
     except torch.OutOfMemoryError as error:
         notes.print(f"[bold red]Error:[/] {escape(str(error).splitlines()[0])}", highlight=False, soft_wrap=True)
-        notes.print("Ask for fewer or shorter sequences, or a smaller model.")
+        notes.print(
+            "Ask for fewer or shorter sequences or windows, a smaller model, or --dtype bfloat16 instead of float32."
+        )
         raise typer.Exit(2) from None
 
 

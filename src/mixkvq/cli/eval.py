@@ -17,6 +17,7 @@ from mixkvq.bench.environment import environment
 from mixkvq.cli.common import (
     CacheHelp,
     DeviceOption,
+    DtypeOption,
     InputError,
     JsonOption,
     ModelOption,
@@ -44,7 +45,6 @@ CACHES = ["bf16", "default"]
 
 CachesOption = Annotated[list[str] | None, typer.Option("--cache", help=CacheHelp, show_default=" ".join(CACHES))]
 BatchOption = Annotated[int, typer.Option("--batch", help="Answers that are written together.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="The model's type.")]
 NewTokensOption = Annotated[
     int | None,
     typer.Option("--max-new-tokens", help="Tokens of an answer at most; an answer that is cut off is wrong."),

@@ -27,7 +27,6 @@ ShapeOption = Annotated[str | None, typer.Option("--shape", help=f"A model with 
 RealModelOption = Annotated[
     str | None, typer.Option("--model", help="A name on the Hugging Face hub or a folder, instead of --shape.")
 ]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="The model's type.")]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 

@@ -9,7 +9,6 @@ import typer
 from mixkvq.cli.bench.common import (
     BatchOption,
     ContextOption,
-    DtypeOption,
     RealModelOption,
     ShapeOption,
     check_positive,
@@ -19,7 +18,16 @@ from mixkvq.cli.bench.common import (
     spinner,
     write_rows,
 )
-from mixkvq.cli.common import CacheHelp, DeviceOption, InputError, JsonOption, clean_exit, parse_caches, print_table
+from mixkvq.cli.common import (
+    CacheHelp,
+    DeviceOption,
+    DtypeOption,
+    InputError,
+    JsonOption,
+    clean_exit,
+    parse_caches,
+    print_table,
+)
 from mixkvq.cli.files import check_writable
 from mixkvq.report.bench import capacity_table, generate_table, prefill_table
 

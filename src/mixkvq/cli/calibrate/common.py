@@ -31,7 +31,9 @@ TrialsOption = Annotated[
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw the Pareto front into this file, .svg or .png.")]
 #: Of what is drawn at random: labels whose gradients are taken, proposals of a search. NumPy takes no larger one.
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of what is drawn at random.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="The model's type.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="The model's type; float32 takes twice the memory of bfloat16.")
+]
 
 
 def check_out(
