@@ -25,13 +25,16 @@ def smollm2():
 def test_the_order_of_the_fidelity_table(smollm2):
     model, tokenizer = smollm2
     text = windows(tokenizer, [None], 1024, 1)
-    configs = {name: MixKVQConfig.preset(name) for name in ("kivi-2", "paper", "default", "kivi-4")}
+    calibrated = "default-smollm2-135m.json"
+    configs = {name: MixKVQConfig.parse(name) for name in ("kivi-2", "paper", "default", calibrated, "kivi-4")}
     rows = {row.cache: row for row in fidelity(model, text, configs)}
     assert rows["default"].bits <= 2.75
     assert rows["default"].kl < 0.42 * rows["paper"].kl
     assert rows["paper"].kl < 0.4 * rows["kivi-2"].kl
     assert rows["kivi-4"].kl < 0.02
     assert rows["kivi-2"].bits == 3.0
+    assert rows[calibrated].kl < rows["default"].kl
+    assert rows[calibrated].bits <= rows["default"].bits
 
 
 def test_a_long_cache_is_a_fifth_of_bf16(smollm2):
@@ -60,12 +63,3 @@ def test_calibrations_that_come_with_the_package_are_of_these_weights(smollm2):
     model, _ = smollm2
     assert len(shipped()) == 10
     assert {read_about(name)["weights"] for name in shipped()} == {of_weights(model)}
-
-
-def test_a_calibration_of_text_is_better_than_the_preset_at_its_size(smollm2):
-    model, tokenizer = smollm2
-    text = windows(tokenizer, [None], 1024, 1)
-    configs = {name: MixKVQConfig.parse(name) for name in ("default", "default-smollm2-135m.json")}
-    rows = {row.cache: row for row in fidelity(model, text, configs)}
-    assert rows["default-smollm2-135m.json"].bits <= rows["default"].bits
-    assert rows["default-smollm2-135m.json"].kl < rows["default"].kl
