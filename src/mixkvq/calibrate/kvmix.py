@@ -41,7 +41,7 @@ def gradient_norms(
         with attention(model, NAME), torch.enable_grad():
             logits = model(prompt[None], use_cache=False).logits[0, :-1].float()
             gradients = torch.autograd.grad(F.cross_entropy(logits, prompt[1:]), weights)
-        return {"norms": [float(gradient.float().norm()) for gradient in gradients]}
+        return {"norms": torch.stack([gradient.float().norm() for gradient in gradients]).tolist()}
 
     norms = torch.zeros(len(weights), dtype=torch.float64)
     for at, prompt in enumerate(prompts.to(model.device)):

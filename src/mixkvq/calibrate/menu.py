@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -81,14 +81,15 @@ class Sizes:
         Raises:
             CalibrationError: keys of a layer in ``exact`` are not quantized.
         """
-        layers, values = quantized_layers(model), value_options()
-        found = cls(layers, key_options(base), values, [], [], tuple(exact))  # refuses layers before it measures
-        for config in option_configs(base):
-            memory = packed_memory(model, config, tokens)
-            found.key_bits.append(memory.key_bits)
-            found.value_bits.append(memory.value_bits)
-        del found.value_bits[len(values) :]
-        return found
+        values = value_options()
+        # Refuses layers before it measures.
+        unmeasured = cls(quantized_layers(model), key_options(base), values, [], [], tuple(exact))
+        packed = [packed_memory(model, config, tokens) for config in option_configs(base)]
+        return replace(
+            unmeasured,
+            key_bits=[memory.key_bits for memory in packed],
+            value_bits=[memory.value_bits for memory in packed[: len(values)]],
+        )
 
     @property
     def floor(self) -> float:

@@ -26,6 +26,8 @@ def key_of(part: str, config: MixKVQConfig) -> str:
 MEANING = 2
 #: Seconds after which a journal's lock is taken to be left over from a process that was killed. Writing takes far less.
 GRACE = 5
+#: What becomes of a file that is no journal, here and in Optuna.
+UNUSABLE = (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError)
 
 
 class Trials:
@@ -87,10 +89,6 @@ def check_journal(path: Path | None) -> None:
             raise PermissionError("it may not be written")
     except UNUSABLE as error:
         raise CalibrationError(f"'{path}' cannot be used for trials: {error}") from error
-
-
-#: What becomes of a file that is no journal, here and in Optuna.
-UNUSABLE = (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError)
 
 
 def _open(path: Path) -> Study:

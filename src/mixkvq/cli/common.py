@@ -63,9 +63,18 @@ ReasonerOption = Annotated[
 ]
 
 
-def say(line: str) -> None:
-    """A note with names or paths in it: nothing in it is markup, and it is not folded, so that it can be copied."""
-    notes.print(line, markup=False, highlight=False, soft_wrap=True)
+def say(line: str, console: Console = notes) -> None:
+    """A line with names or paths in it: nothing in it is markup, and it is not folded, so that it can be copied."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """A warning; names and paths in it are no markup."""
+    notes.print(f"[bold yellow]Warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _complain(text: str) -> None:
+    notes.print(f"[bold red]Error:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 class InputError(ValueError):
@@ -95,10 +104,10 @@ def clean_exit() -> Iterator[None]:
         notes.print("Interrupted; nothing was written.")
         raise typer.Exit(130) from None
     except MENDABLE as error:
-        notes.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _complain(str(error))
         raise typer.Exit(2) from None
     except torch.OutOfMemoryError as error:
-        notes.print(f"[bold red]Error:[/] {escape(str(error).splitlines()[0])}", highlight=False, soft_wrap=True)
+        _complain(str(error).splitlines()[0])
         notes.print(
             "Ask for fewer or shorter sequences or windows, a smaller model, or --dtype bfloat16 instead of float32."
         )

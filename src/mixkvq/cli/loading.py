@@ -12,14 +12,13 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.adapters.transformers.support import model_shape
 from mixkvq.calibrate.file import read_about
 from mixkvq.calibrate.fingerprint import of_weights
-from mixkvq.cli.common import InputError, notes, say
+from mixkvq.cli.common import InputError, say, warn
 from mixkvq.config import MixKVQConfig
 from mixkvq.evaluate.fidelity import WARM_UP
 from mixkvq.evaluate.texts import BUILT_IN, windows
@@ -72,11 +71,9 @@ def warn_of_other_weights(model: PreTrainedModel, caches: Mapping[str, MixKVQCon
         if about["weights"] != own:
             strange.append(name)
     if strange:
-        notes.print(
-            f"[bold yellow]Warning:[/] calibrated on other weights of this shape: {escape(', '.join(strange))}. "
-            "Bits may lie where this model does not need them; `mixkvq fidelity` measures what that costs.",
-            highlight=False,
-            soft_wrap=True,
+        warn(
+            f"calibrated on other weights of this shape: {', '.join(strange)}. Bits may lie where this model does not "
+            "need them; `mixkvq fidelity` measures what that costs."
         )
 
 

@@ -42,9 +42,9 @@ from mixkvq.cli.common import (
     TextOption,
     WindowsOption,
     clean_exit,
-    notes,
     output,
     progress,
+    say,
 )
 from mixkvq.cli.loading import check_reasoner, check_windows, reasoner_adapter
 from mixkvq.config import MixKVQConfig
@@ -124,7 +124,7 @@ def budget(
         }
         journal = Trials(trials, measured)
         menu = _measured(subject.model, base, texts, sizes, journal, seed)
-        judge = Judge(subject.model, subject.judged, journal, "held out")
+        judge = subject.judge(journal)
         if goal.kl is not None:
             choice, _ = smallest(menu, goal.kl, lambda it: _checked(it, judge, base)["kl"])
         elif goal.lost is not None and scored is not None:
@@ -161,7 +161,7 @@ class Goal:
             return
         sizes.check(self.bits)
         if self.bits > sizes.ceiling:
-            notes.print(f"Layers have at most {sizes.ceiling:.2f} bits, fewer than {self.bits:g}.", soft_wrap=True)
+            say(f"Layers have at most {sizes.ceiling:.2f} bits, fewer than {self.bits:g}.")
 
 
 def _checked(choice: Choice, judge: Judge, base: MixKVQConfig) -> dict[str, float]:

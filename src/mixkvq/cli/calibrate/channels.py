@@ -8,7 +8,6 @@ import typer
 
 from mixkvq.calibrate.channels import check_base, frozen_channels, mean_saliences
 from mixkvq.calibrate.file import Calibration
-from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.layers import with_layers
 from mixkvq.calibrate.trials import Trials
 from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, check_out, compare, write
@@ -40,7 +39,7 @@ def channels(
             saliences = mean_saliences(subject.model, subject.searched, base, lambda: bar.advance(task))
         config = with_layers(base, frozen_channels(saliences, base), subject.model)
         about = {"cache": cache, **subject.about}
-        judge = Judge(subject.model, subject.judged, Trials(None, about), "held out")
+        judge = subject.judge(Trials(None, about))
         write(
             out, subject, Calibration(config, "channels", about, compare(cache, judge, base, config, "chosen by block"))
         )

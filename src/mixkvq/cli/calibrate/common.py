@@ -10,14 +10,13 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.markup import escape
 
 from mixkvq.bench.environment import environment
 from mixkvq.calibrate.file import Calibration
 from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.trials import check_journal
 from mixkvq.cli.calibrate.subject import Subject
-from mixkvq.cli.common import InputError, notes, output, progress, say
+from mixkvq.cli.common import InputError, output, progress, say, warn
 from mixkvq.cli.files import check_files
 from mixkvq.config import MixKVQConfig
 from mixkvq.report.fidelity import front_figure
@@ -103,11 +102,9 @@ def compare(
     before, after = held_out(judge, plain, base), held_out(judge, "what was found", found)
     output.print(calibration_table(cache, before, after))
     if not (after["kl"] < before["kl"] or after["bits"] < before["bits"]):
-        notes.print(
-            f"[bold yellow]Warning:[/] what was found is no better than {escape(cache)} on this text: use that, or "
-            "calibrate on more windows of a text that is more like yours.",
-            highlight=False,
-            soft_wrap=True,
+        warn(
+            f"what was found is no better than {cache} on this text: use that, or calibrate on more windows of a text "
+            "that is more like yours."
         )
     return {plain: before, "found": after}
 
@@ -119,4 +116,4 @@ def write(out: Path, subject: Subject, calibration: Calibration) -> None:
         took["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(subject.model.device)
     about = {**calibration.about, **took, **environment()}
     Calibration(calibration.config, calibration.kind, about, calibration.results).write(out)
-    output.print(f"Wrote {out}; use it with --cache {out}", markup=False, highlight=False, soft_wrap=True)
+    say(f"Wrote {out}; use it with --cache {out}", output)

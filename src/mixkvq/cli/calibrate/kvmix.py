@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from mixkvq.calibrate.file import Calibration
-from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.kvmix import gradient_norms
 from mixkvq.calibrate.layers import with_layers
 from mixkvq.calibrate.trials import Trials
@@ -43,6 +42,5 @@ def kvmix(
         config = with_layers(base, fields, subject.model)
         for name, bits in (("keys of 3 bits", "key_bits"), ("values of 4 bits", "value_bits")):
             output.print(f"{name}: layers {', '.join(str(i) for i, own in fields.items() if bits in own)}")
-        judge = Judge(subject.model, subject.judged, journal, "held out")
-        results = {"key_norms": keys, "value_norms": values, **compare("kvmix", judge, base, config)}
+        results = {"key_norms": keys, "value_norms": values, **compare("kvmix", subject.judge(journal), base, config)}
         write(out, subject, Calibration(config, "kvmix", subject.about, results))

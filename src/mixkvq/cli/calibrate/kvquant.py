@@ -8,7 +8,6 @@ import torch
 import typer
 
 from mixkvq.calibrate.file import Calibration
-from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.kvquant import check_base, layer_levels
 from mixkvq.calibrate.layers import with_layers
 from mixkvq.calibrate.trials import Trials
@@ -47,5 +46,5 @@ def kvquant(
             )
         config = with_layers(base, fields, subject.model)
         about = {"cache": cache, **subject.about, "seed": seed}
-        judge = Judge(subject.model, subject.judged, Trials(None, about), "held out")
+        judge = subject.judge(Trials(None, about))
         write(out, subject, Calibration(config, "kvquant", about, compare(cache, judge, base, config)))

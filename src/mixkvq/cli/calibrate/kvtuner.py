@@ -89,13 +89,12 @@ def kvtuner(
         )
         draw_front(plot, names, BITS, KL, log_y=True, chosen=_name(found), limit=bits)
         config = _config(network, base, clusters, found.params)
-        judge = Judge(network, subject.judged, journal, "held out")
         results = {
             "pairs": PAIRS,
             "layers": {layer: dataclasses.asdict(each) for layer, each in errors.items()},
             "clusters": [dataclasses.asdict(cluster) for cluster in clusters],
             "front": [point.as_dict() for point in front(points)],
-            **compare("kvtuner", judge, base, config),
+            **compare("kvtuner", subject.judge(journal), base, config),
         }
         search_of = {"bits": bits, "tries": tries, "seed": seed, "population": POPULATION, "similar": SIMILAR}
         write(out, subject, Calibration(config, "kvtuner", {**subject.about, **search_of}, results))

@@ -12,14 +12,13 @@ from mixkvq.calibrate import fingerprint
 from mixkvq.calibrate.allocation import SOLVER
 from mixkvq.calibrate.errors import CalibrationError, needed
 from mixkvq.calibrate.file import Calibration
-from mixkvq.calibrate.judge import Judge
 from mixkvq.calibrate.layers import packed_memory, quantized_layers, with_layers
 from mixkvq.calibrate.pm_kvq import at_width, check_goal, check_stretch, last_widths, sensitivities
 from mixkvq.calibrate.smooth import smooth_attention
 from mixkvq.calibrate.trials import Trials
 from mixkvq.cli.calibrate.common import DtypeOption, OutArgument, TrialsOption, check_out, compare, kept, write
 from mixkvq.cli.calibrate.subject import Subject, load_subject
-from mixkvq.cli.common import DeviceOption, ModelOption, TextOption, clean_exit, output, progress
+from mixkvq.cli.common import DeviceOption, ModelOption, TextOption, clean_exit, output, progress, say
 from mixkvq.cli.files import check_writable
 from mixkvq.cli.loading import check_windows
 from mixkvq.config import MixKVQConfig
@@ -53,7 +52,7 @@ def pm_kvq(
         check_out(out, trials=trials, text=text)
         needed(SOLVER)
         check_stretch(stretch)
-        check_smooth(smooth)
+        _check_smooth(smooth)
         wanted = sorted(widths or (4, 2), reverse=True)
         if len(set(wanted)) < 2 or not set(wanted) <= set(WIDTHS):
             raise CalibrationError(f"--widths takes two or three of {', '.join(map(str, WIDTHS))}; got {wanted}.")
@@ -77,18 +76,15 @@ def pm_kvq(
             layers = [str(layer) for layer, b in last.items() if b == width]
             output.print(f"{width} bits in the end: layers {', '.join(layers) or 'none'}", soft_wrap=True)
         full = {"plan_tokens": max(window, base.residual_length)}  # judged as it is when it is full
-        judge = Judge(subject.model, subject.judged, journal, "held out")
-        compared = compare("pm-kvq-2", judge, base.replace(**full), config.replace(**full))
+        compared = compare("pm-kvq-2", subject.judge(journal), base.replace(**full), config.replace(**full))
         if smooth is not None:
             _save(subject, smooth)
-            output.print(
-                f"Saved the model with SmoothAttention to {smooth}: use it with --model {smooth}", soft_wrap=True
-            )
+            say(f"Saved the model with SmoothAttention to {smooth}: use it with --model {smooth}", output)
         results = {"widths": wanted, "bits": sizes, "sensitivities": found, **compared}
         write(out, subject, Calibration(config, "pm-kvq", {**subject.names, **measured, "bits": bits}, results))
 
 
-def check_smooth(folder: Path | None) -> None:
+def _check_smooth(folder: Path | None) -> None:
     """Complain about a folder that has something in it, which would be lost."""
     if folder is None:
         return

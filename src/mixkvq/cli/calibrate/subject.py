@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixkvq.calibrate import fingerprint
 from mixkvq.calibrate.errors import CalibrationError
+from mixkvq.calibrate.judge import Judge
+from mixkvq.calibrate.trials import Trials
 from mixkvq.cli.loading import inputs, load_model, parse_dtype, read_windows
 from mixkvq.evaluate.fidelity import reference_log_probs
 from mixkvq.models import merge_adapter
@@ -43,6 +45,10 @@ class Subject:
     def about(self) -> dict[str, Any]:
         """Both, for files."""
         return {**self.names, **self.data}
+
+    def judge(self, trials: Trials) -> Judge:
+        """What configurations are worth on the windows to judge on, kept in ``trials``."""
+        return Judge(self.model, self.judged, trials, "held out")
 
 
 def load_subject(

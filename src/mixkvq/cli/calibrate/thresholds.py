@@ -90,9 +90,9 @@ def thresholds(
     Quantiles of the model's own saliences; with a file to write, the paper's search over such quantiles.
     """
     with clean_exit(), kept(trials):
-        check_files([json_file], text)
         start = {"bf16_share": bf16_share, "uint4_share": uint4_share_for(bits, bf16_share)}
         if out is None:
+            check_files([json_file], text)
             _refuse(trials=trials, plot=plot, problems=problems, data_dir=data_dir)
             network, tokenizer = load_model(model, parse_dtype(dtype), device)
             count = QUANTILE_WINDOWS if count is None else count
@@ -118,9 +118,12 @@ def thresholds(
         points = _search(network, ranked, yardstick.score, largest_shares(bits), start, seed, tries)
         best = _best(points, yardstick, bits, plot)
         found = at_shares(ranked, **best.params)
-        judge = Judge(network, subject.judged, journal, "held out")
         compared = compare(
-            "quantiles", judge, at_shares(ranked, **start).config(network), found.config(network), "quantiles"
+            "quantiles",
+            subject.judge(journal),
+            at_shares(ranked, **start).config(network),
+            found.config(network),
+            "quantiles",
         )
         write_json(json_file, [{**point.as_dict(), **subject.names, **measured, **environment()} for point in points])
         results = {
